@@ -1,0 +1,1 @@
+//! Decides which models are resident where: demand, residency policy loop, instances

@@ -1,0 +1,1 @@
+//! Inference: model families, row-invariant kernels, paged KV cache, continuous batching, sampling

@@ -1,0 +1,1 @@
+//! The OpenAI API: validation, admission, token ledger, streaming

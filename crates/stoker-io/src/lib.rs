@@ -1,0 +1,1 @@
+//! Aligned and shared buffers, chunk pool memory and file readers; owns I/O unsafe

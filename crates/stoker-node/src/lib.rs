@@ -1,0 +1,1 @@
+//! A server's agent: owns the store, its memory and its workers

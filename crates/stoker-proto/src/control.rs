@@ -1,0 +1,206 @@
+//! Node and worker.
+//!
+//! The worker says [`Hello`] when it can take a model. The node says [`Load`]; the worker answers [`Loaded`] or
+//! [`LoadFailed`]. [`Unload`] is answered by [`Unloaded`], or by [`UnloadRefused`] when sequences are running and
+//! `force` is not set: the worker is the only judge of "idle", so no race can cut a stream. [`Ping`] is answered at
+//! once by [`Pong`], by a task that does not wait for the engine. When the control connection closes, the node is
+//! gone: the worker lets its streams finish and exits.
+
+#![expect(missing_docs, reason = "the derives generate undocumented helpers; fields are documented here")]
+
+use prost::{Message, Oneof};
+
+/// From the node.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToWorker {
+    #[prost(oneof = "to_worker::Kind", tags = "1, 2, 3, 4")]
+    pub kind: Option<to_worker::Kind>,
+}
+
+/// Kinds of [`ToWorker`].
+pub mod to_worker {
+    use super::{Load, Oneof, Ping, Shutdown, Unload};
+
+    /// One of.
+    #[derive(Clone, PartialEq, Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "1")]
+        Load(Load),
+        #[prost(message, tag = "2")]
+        Unload(Unload),
+        #[prost(message, tag = "3")]
+        Ping(Ping),
+        #[prost(message, tag = "4")]
+        Shutdown(Shutdown),
+    }
+}
+
+/// Take this model. Its bytes are in the pool, verified, and stay there until [`Unloaded`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Load {
+    /// `InstanceId`.
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    /// `Generation`: streams must name it.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// The manifest, as `stoker.json` has it (configuration and tensor index).
+    #[prost(bytes = "bytes", tag = "3")]
+    pub manifest_json: bytes::Bytes,
+    /// Bytes of a pool chunk.
+    #[prost(uint64, tag = "4")]
+    pub chunk_bytes: u64,
+    /// The weight files in the manifest's order.
+    #[prost(message, repeated, tag = "5")]
+    pub files: Vec<FileSlots>,
+    /// Context of one sequence, tokens.
+    #[prost(uint32, tag = "6")]
+    pub context: u32,
+    /// Most sequences at the same time.
+    #[prost(uint32, tag = "7")]
+    pub sequences_max: u32,
+    /// Most bytes of KV cache.
+    #[prost(uint64, tag = "8")]
+    pub kv_bytes: u64,
+    /// Threads to compute with; 0: the worker's choice.
+    #[prost(uint32, tag = "9")]
+    pub threads: u32,
+}
+
+/// Where a file's chunks are: chunk `i` holds bytes `i * chunk_bytes ..` of the file and lies in the pool at
+/// `slots[i] * chunk_bytes`.
+#[derive(Clone, PartialEq, Message)]
+pub struct FileSlots {
+    /// Length of the file, bytes.
+    #[prost(uint64, tag = "1")]
+    pub len: u64,
+    /// Slot of each chunk.
+    #[prost(uint32, repeated, tag = "2")]
+    pub slots: Vec<u32>,
+}
+
+/// Let the model go.
+#[derive(Clone, PartialEq, Message)]
+pub struct Unload {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    /// End running sequences with an error instead of refusing.
+    #[prost(bool, tag = "2")]
+    pub force: bool,
+}
+
+/// Are you there?
+#[derive(Clone, PartialEq, Message)]
+pub struct Ping {
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+}
+
+/// Take no new sequence, finish the running ones within the grace period, exit.
+#[derive(Clone, PartialEq, Message)]
+pub struct Shutdown {
+    #[prost(uint64, tag = "1")]
+    pub grace_ms: u64,
+}
+
+/// From the worker.
+#[derive(Clone, PartialEq, Message)]
+pub struct FromWorker {
+    #[prost(oneof = "from_worker::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    pub kind: Option<from_worker::Kind>,
+}
+
+/// Kinds of [`FromWorker`].
+pub mod from_worker {
+    use super::{Hello, LoadFailed, Loaded, Oneof, Pong, UnloadRefused, Unloaded};
+
+    /// One of.
+    #[derive(Clone, PartialEq, Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "1")]
+        Hello(Hello),
+        #[prost(message, tag = "2")]
+        Loaded(Loaded),
+        #[prost(message, tag = "3")]
+        LoadFailed(LoadFailed),
+        #[prost(message, tag = "4")]
+        Unloaded(Unloaded),
+        #[prost(message, tag = "5")]
+        UnloadRefused(UnloadRefused),
+        #[prost(message, tag = "6")]
+        Pong(Pong),
+    }
+}
+
+/// Ready for a model.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`].
+    #[prost(uint32, tag = "1")]
+    pub protocol: u32,
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
+    /// What computes, such as `cpu avx512-vnni, 2 threads`.
+    #[prost(string, tag = "3")]
+    pub device: String,
+}
+
+/// The model is mapped and streams may come.
+#[derive(Clone, PartialEq, Message)]
+pub struct Loaded {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    /// Mapping the pool's chunks, microseconds.
+    #[prost(uint64, tag = "2")]
+    pub map_us: u64,
+    /// Building the model's view over them, microseconds.
+    #[prost(uint64, tag = "3")]
+    pub init_us: u64,
+}
+
+/// It can't be taken; the worker is as before.
+#[derive(Clone, PartialEq, Message)]
+pub struct LoadFailed {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    /// Whether the model can't be computed at all (else: this time).
+    #[prost(bool, tag = "2")]
+    pub not_runnable: bool,
+    #[prost(string, tag = "3")]
+    pub message: String,
+}
+
+/// No mapping of the model's chunks is left in the worker.
+#[derive(Clone, PartialEq, Message)]
+pub struct Unloaded {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+}
+
+/// Sequences are running.
+#[derive(Clone, PartialEq, Message)]
+pub struct UnloadRefused {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    #[prost(uint32, tag = "2")]
+    pub sequences: u32,
+}
+
+/// Here.
+#[derive(Clone, PartialEq, Message)]
+pub struct Pong {
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    /// Sequences running or waiting in the worker.
+    #[prost(uint32, tag = "2")]
+    pub sequences: u32,
+    /// Engine steps so far: a busy worker whose count stands still hangs.
+    #[prost(uint64, tag = "3")]
+    pub steps: u64,
+    /// KV cache in use, bytes.
+    #[prost(uint64, tag = "4")]
+    pub kv_bytes_used: u64,
+    /// Tokens decoded so far.
+    #[prost(uint64, tag = "5")]
+    pub tokens: u64,
+}

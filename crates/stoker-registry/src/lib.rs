@@ -1,0 +1,1 @@
+//! The models directory: what is known, aliases, pulling from the hub or a package, removal

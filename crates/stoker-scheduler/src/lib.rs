@@ -1,0 +1,1 @@
+//! Pure policies: start estimates, placement, eviction, residency; state and time are arguments

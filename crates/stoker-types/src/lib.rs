@@ -1,0 +1,26 @@
+//! What every other crate of Stoker speaks in: ids, units, model and deployment specs, orders to a server and
+//! their outcomes. Plain data; nothing here does I/O, and only [`clock`] reads a clock.
+
+pub mod clock;
+mod deployment;
+mod dtype;
+mod ids;
+mod limits;
+mod order;
+mod sampling;
+mod seat;
+mod timeline;
+mod units;
+
+pub use deployment::{KeepAlive, ModelFacts, ModelSettings, ParseKeepAliveError};
+pub use dtype::DType;
+pub use ids::{ClientId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
+pub use limits::QueueLimits;
+pub use order::{
+    NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate, WorkerState,
+    WorkerStatus,
+};
+pub use sampling::{FinishReason, Sampling, TokenLogprob};
+pub use seat::{Admit, Refusal, SeatInfo};
+pub use timeline::{Phase, PhaseTime, Tier, TierBytes, Timeline};
+pub use units::{ByteSize, BytesPerSec, ParseByteSizeError};

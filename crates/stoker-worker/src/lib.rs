@@ -1,0 +1,1 @@
+//! The inference worker process: the protocol around stoker-engine
