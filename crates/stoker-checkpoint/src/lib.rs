@@ -4,9 +4,12 @@
 //! execution order, tokenizer and chat template, trust level. Everything in a checkpoint is untrusted.
 
 pub mod config;
+mod error;
+pub mod gguf;
 pub mod manifest;
 
 pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
+pub use error::CheckpointError;
 pub use manifest::{
     ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, Part, Role, Source, Tensor, TokenizerFiles,
     Trust, WeightFile,
