@@ -4,6 +4,7 @@
 //! execution order, tokenizer and chat template, trust level. Everything in a checkpoint is untrusted.
 
 pub mod config;
+pub mod dequant;
 mod error;
 pub mod gguf;
 pub mod manifest;
