@@ -1,1 +1,30 @@
-//! Aligned and shared buffers, chunk pool memory and file readers; owns I/O unsafe
+//! Memory that processes share, and files that fill it: everything of I/O that needs `unsafe`.
+//!
+//! - [`ChunkPool`]: one memfd cut into slots; a slot is owned ([`ChunkBuf`]) or frozen and shared ([`Chunk`]).
+//! - [`MappedFile`]: a worker's view of a file that lies in the pool, contiguous and read-only.
+//! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
+//!   reads for each; [`FaultyFiles`] adds faults for tests.
+//! - [`ReadThreads`]: the threads that read.
+//! - [`raw_limit`]: how fast a file can be read at all, for comparison.
+
+mod faulty;
+mod local;
+mod map;
+mod measure;
+mod page_cache;
+mod pool;
+mod reader;
+mod sum;
+mod threads;
+
+pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
+pub use local::LocalFiles;
+pub use map::{MapError, MappedFile, MappedLocal};
+pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
+pub use pool::{Chunk, ChunkBuf, ChunkPool, PoolError, PoolUsage};
+pub use reader::{
+    Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,
+    Reason,
+};
+pub use sum::{Summing, checksum};
+pub use threads::{ReadThreads, Task, Wake, Work};

@@ -1,0 +1,475 @@
+//! The pool: one sparse memfd, cut into slots of one chunk each.
+//!
+//! The memfd is mapped read-write once, in the process that fills it. Other processes get a read-only descriptor
+//! ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]).
+
+#![expect(unsafe_code, reason = "hands out disjoint parts of one shared mapping")]
+
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    ops::{Deref, DerefMut},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    slice,
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use rustix::{
+    fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags},
+    mm::{Advice, MapFlags, ProtFlags},
+};
+use stoker_types::ByteSize;
+
+/// Why a pool can't be made or changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PoolError {
+    /// The chunk size can't be mapped.
+    #[error("a chunk of {chunk} is no positive multiple of the page size {page}")]
+    ChunkSize {
+        /// What was asked for.
+        chunk: ByteSize,
+        /// The machine's page size.
+        page: ByteSize,
+    },
+    /// Not even one chunk fits, or more than 2^32 do.
+    #[error("a pool of {capacity} has no usable number of chunks of {chunk}")]
+    Capacity {
+        /// What was asked for.
+        capacity: ByteSize,
+        /// Bytes of a chunk.
+        chunk: ByteSize,
+    },
+    /// The operating system refused.
+    #[error("{step} for a chunk pool of {capacity} failed: {source}")]
+    Os {
+        /// What was tried.
+        step: &'static str,
+        /// Size of the pool.
+        capacity: ByteSize,
+        /// Its words.
+        source: io::Error,
+    },
+}
+
+/// How many slots there are, and what they are doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Slots that may be in use.
+    pub budget: u32,
+    /// Slots in use. More than `budget` only for as long as a lowered budget waits for slots to come back.
+    pub in_use: u32,
+    /// Free slots that still hold memory, for reuse without page faults.
+    pub warm: u32,
+    /// All slots, in use or not.
+    pub capacity: u32,
+}
+
+/// A pool of chunk buffers in memory that other processes can map. A cheap handle.
+#[derive(Clone)]
+pub struct ChunkPool {
+    inner: Arc<Inner>,
+}
+
+/// A slot of the pool, owned: nobody else reads or writes it. Its bytes are what the last owner left. Dropping it
+/// gives the slot back.
+pub struct ChunkBuf {
+    pool: Arc<Inner>,
+    slot: u32,
+}
+
+/// The first `len` bytes of a slot, read-only and shared. The last clone gives the slot back.
+#[derive(Clone)]
+pub struct Chunk {
+    buf: Arc<ChunkBuf>,
+    len: usize,
+}
+
+struct Inner {
+    fd: OwnedFd,
+    base: NonNull<u8>,
+    chunk_bytes: usize,
+    capacity: u32,
+    slots: Mutex<Slots>,
+}
+
+struct Slots {
+    budget: u32,
+    in_use: u32,
+    /// Free, with memory behind them. Ordered, so that neighbours go out together and map as one range.
+    warm: BTreeSet<u32>,
+    /// Free, without memory.
+    cold: BTreeSet<u32>,
+}
+
+// SAFETY: `base` is plain memory that belongs to `Inner`; every access goes through a `ChunkBuf`, which is the only
+// owner of its slot, or through a `Chunk`, which only reads.
+unsafe impl Send for Inner {}
+// SAFETY: as above.
+unsafe impl Sync for Inner {}
+
+// === impl ChunkPool ===
+
+impl ChunkPool {
+    /// A pool with room for `capacity` bytes (rounded down to whole chunks), all of which may be in use. It takes
+    /// address space, and memory only as slots are first written.
+    ///
+    /// # Errors
+    /// [`PoolError`]; `Os` when the machine has no memfd or no address space for it.
+    pub fn new(capacity: ByteSize, chunk: ByteSize) -> Result<Self, PoolError> {
+        let page = ByteSize(rustix::param::page_size() as u64);
+        if chunk == ByteSize::ZERO || !chunk.bytes().is_multiple_of(page.bytes()) {
+            return Err(PoolError::ChunkSize { chunk, page });
+        }
+        let no_room = PoolError::Capacity { capacity, chunk };
+        let Ok(slots) = u32::try_from(capacity.bytes() / chunk.bytes()) else { return Err(no_room) };
+        let Ok(chunk_bytes) = usize::try_from(chunk.bytes()) else { return Err(no_room) };
+        let Some(len) = (slots as usize).checked_mul(chunk_bytes).filter(|len| *len > 0) else {
+            return Err(no_room);
+        };
+        let os = |step| {
+            move |errno: rustix::io::Errno| PoolError::Os { step, capacity, source: io::Error::from(errno) }
+        };
+
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let name = "stoker-pool";
+        // Kernels before 6.3 don't know the flag.
+        let fd = rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| rustix::fs::memfd_create(name, flags))
+            .map_err(os("memfd_create"))?;
+        rustix::fs::ftruncate(&fd, len as u64).map_err(os("ftruncate"))?;
+        // A reader's mapping must never lose its pages under it (SIGBUS): the file can't shrink any more.
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(os("F_ADD_SEALS"))?;
+        // Nobody who is handed the read-only descriptor can open the same memory for writing by accident.
+        rustix::fs::fchmod(&fd, Mode::RUSR).map_err(os("fchmod"))?;
+
+        // SAFETY: a new mapping at an address that the kernel chooses; no existing memory is touched.
+        let base = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &fd,
+                0,
+            )
+        }
+        .map_err(os("mmap"))?;
+        // Fewer page faults and fewer pages to pin for direct I/O; refused where huge pages are switched off, which
+        // costs only speed.
+        // SAFETY: the range is the mapping made above; the advice changes no contents.
+        let _ = unsafe { rustix::mm::madvise(base, len, Advice::LinuxHugepage) };
+        let base = NonNull::new(base.cast::<u8>()).ok_or(PoolError::Os {
+            step: "mmap",
+            capacity,
+            source: io::Error::other("mapped at address zero"),
+        })?;
+        let slots_state =
+            Slots { budget: slots, in_use: 0, warm: BTreeSet::new(), cold: (0..slots).collect() };
+        Ok(Self {
+            inner: Arc::new(Inner { fd, base, chunk_bytes, capacity: slots, slots: Mutex::new(slots_state) }),
+        })
+    }
+
+    /// Bytes of a chunk.
+    #[must_use]
+    pub fn chunk_bytes(&self) -> usize {
+        self.inner.chunk_bytes
+    }
+
+    /// A slot, warm if there is one; `None` when the budget is used up.
+    #[must_use]
+    pub fn try_take(&self) -> Option<ChunkBuf> {
+        let mut slots = self.inner.slots.lock();
+        if slots.in_use >= slots.budget {
+            return None;
+        }
+        let slot = slots.warm.pop_first().or_else(|| slots.cold.pop_first())?;
+        slots.in_use += 1;
+        Some(ChunkBuf { pool: Arc::clone(&self.inner), slot })
+    }
+
+    /// Sets how many bytes may be in use (rounded down to whole chunks, at most the capacity). Slots that are in use
+    /// stay so; none is handed out until enough have come back.
+    pub fn set_budget(&self, budget: ByteSize) {
+        let chunks = budget.bytes() / self.inner.chunk_bytes as u64;
+        self.inner.slots.lock().budget = u32::try_from(chunks).unwrap_or(u32::MAX).min(self.inner.capacity);
+    }
+
+    /// Gives the memory of free slots back to the operating system. Returns how much. Blocks, about a millisecond a
+    /// chunk.
+    ///
+    /// # Errors
+    /// The operating system's; slots that it did not take back stay warm.
+    pub fn release_free(&self) -> io::Result<ByteSize> {
+        let mut released = 0;
+        loop {
+            // One at a time, so that a load never waits for the whole pool; the slot is nobody's meanwhile.
+            let Some(slot) = self.inner.slots.lock().warm.pop_last() else { return Ok(ByteSize(released)) };
+            let punched = self.inner.punch(slot);
+            let mut slots = self.inner.slots.lock();
+            if let Err(error) = punched {
+                slots.warm.insert(slot);
+                return Err(error);
+            }
+            slots.cold.insert(slot);
+            released += self.inner.chunk_bytes as u64;
+        }
+    }
+
+    /// Numbers of slots.
+    #[must_use]
+    pub fn usage(&self) -> PoolUsage {
+        let slots = self.inner.slots.lock();
+        PoolUsage {
+            budget: slots.budget,
+            in_use: slots.in_use,
+            warm: u32::try_from(slots.warm.len()).unwrap_or(u32::MAX),
+            capacity: self.inner.capacity,
+        }
+    }
+
+    /// A new read-only descriptor of the pool's memory, for a process that maps chunks. Closed on exec.
+    ///
+    /// # Errors
+    /// The operating system's, such as no free descriptor or no `/proc`.
+    pub fn read_only_fd(&self) -> io::Result<OwnedFd> {
+        let path = format!("/proc/self/fd/{}", self.inner.fd.as_raw_fd());
+        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    /// Memory that the pool takes now, as the operating system counts it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn resident(&self) -> io::Result<ByteSize> {
+        let blocks = rustix::fs::fstat(&self.inner.fd)?.st_blocks;
+        Ok(ByteSize(u64::try_from(blocks).unwrap_or(0) * 512))
+    }
+}
+
+impl AsFd for ChunkPool {
+    /// The writable descriptor. It survives its process when passed on before that ends.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd.as_fd()
+    }
+}
+
+impl fmt::Debug for ChunkPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChunkPool")
+            .field("chunk_bytes", &self.inner.chunk_bytes)
+            .field("usage", &self.usage())
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn punch(&self, slot: u32) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(
+            &self.fd,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            u64::from(slot) * self.chunk_bytes as u64,
+            self.chunk_bytes as u64,
+        )?)
+    }
+
+    fn slot_ptr(&self, slot: u32) -> *mut u8 {
+        // SAFETY: `slot < capacity` for every slot that the pool hands out, and the mapping is
+        // `capacity * chunk_bytes` long.
+        unsafe { self.base.as_ptr().add(slot as usize * self.chunk_bytes) }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let len = self.capacity as usize * self.chunk_bytes;
+        // SAFETY: the mapping was made by `ChunkPool::new` with this length; buffers hold an `Arc` of `self`, so none
+        // is left. The only error is a range that isn't mapped.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), len) };
+    }
+}
+
+// === impl ChunkBuf ===
+
+impl ChunkBuf {
+    /// Where in the pool it lies: at `slot * chunk_bytes`.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Makes its first `len` bytes a read-only chunk that can be shared.
+    ///
+    /// # Panics
+    /// When `len` is more than a chunk.
+    #[must_use]
+    pub fn freeze(self, len: usize) -> Chunk {
+        assert!(len <= self.pool.chunk_bytes, "a chunk holds {} bytes, not {len}", self.pool.chunk_bytes);
+        Chunk { buf: Arc::new(self), len }
+    }
+}
+
+impl Deref for ChunkBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the slot lies within the mapping (see `slot_ptr`), memfd pages are always initialised, and `self`
+        // is the slot's only owner: the pool gives it to nobody else until `self` is dropped.
+        unsafe { slice::from_raw_parts(self.pool.slot_ptr(self.slot), self.pool.chunk_bytes) }
+    }
+}
+
+impl DerefMut for ChunkBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; `&mut self` makes it the only reference. Other processes map a slot only between
+        // being told of it and giving it back, and while they do its owner here is a frozen `Chunk`.
+        unsafe { slice::from_raw_parts_mut(self.pool.slot_ptr(self.slot), self.pool.chunk_bytes) }
+    }
+}
+
+impl Drop for ChunkBuf {
+    fn drop(&mut self) {
+        let mut slots = self.pool.slots.lock();
+        slots.in_use -= 1;
+        slots.warm.insert(self.slot);
+    }
+}
+
+impl fmt::Debug for ChunkBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChunkBuf").field("slot", &self.slot).finish_non_exhaustive()
+    }
+}
+
+// === impl Chunk ===
+
+impl Chunk {
+    /// Where in the pool it lies: at `slot * chunk_bytes`.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.buf.slot
+    }
+
+    /// Whether somebody else holds it too.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.buf) > 1
+    }
+}
+
+impl Deref for Chunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buf[..self.len]
+    }
+}
+
+impl fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk").field("slot", &self.buf.slot).field("len", &self.len).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHUNK: ByteSize = ByteSize::kib(64);
+
+    fn pool(chunks: u64) -> ChunkPool {
+        ChunkPool::new(ByteSize(chunks * CHUNK.bytes()), CHUNK).unwrap()
+    }
+
+    #[test]
+    fn slots_are_disjoint_and_come_back() {
+        let pool = pool(4);
+        let mut bufs: Vec<_> = std::iter::from_fn(|| pool.try_take()).collect();
+        assert_eq!(bufs.len(), 4);
+        for (i, buf) in bufs.iter_mut().enumerate() {
+            buf.fill(u8::try_from(i).unwrap() + 1);
+        }
+        for (i, buf) in bufs.iter().enumerate() {
+            assert!(buf.iter().all(|b| usize::from(*b) == i + 1));
+        }
+        assert!(pool.try_take().is_none());
+        let chunk = bufs.pop().unwrap().freeze(100);
+        let clone = chunk.clone();
+        assert!(chunk.is_shared());
+        assert_eq!(clone.len(), 100);
+        drop(chunk);
+        assert!(pool.try_take().is_none(), "a clone keeps the slot");
+        drop(clone);
+        drop(bufs);
+        assert_eq!(pool.usage(), PoolUsage { budget: 4, in_use: 0, warm: 4, capacity: 4 });
+    }
+
+    #[test]
+    fn free_memory_goes_back_to_the_system() {
+        let pool = pool(4);
+        assert_eq!(pool.resident().unwrap(), ByteSize::ZERO);
+        let mut kept = pool.try_take().unwrap();
+        kept.fill(7);
+        let mut other = pool.try_take().unwrap();
+        other.fill(8);
+        assert!(pool.resident().unwrap().bytes() >= 2 * CHUNK.bytes());
+        drop(other);
+        assert_eq!(pool.release_free().unwrap(), CHUNK);
+        assert!(kept.iter().all(|b| *b == 7));
+        drop(kept);
+        pool.release_free().unwrap();
+        assert_eq!(pool.resident().unwrap(), ByteSize::ZERO);
+        assert_eq!(pool.usage().warm, 0);
+        assert!(pool.try_take().unwrap().iter().all(|b| *b == 0), "a punched slot is zero");
+    }
+
+    #[test]
+    fn a_lowered_budget_waits_for_slots() {
+        let pool = pool(4);
+        let a = pool.try_take().unwrap();
+        let b = pool.try_take().unwrap();
+        pool.set_budget(CHUNK);
+        assert!(pool.try_take().is_none());
+        drop(a);
+        assert!(pool.try_take().is_none());
+        drop(b);
+        let _c = pool.try_take().unwrap();
+        assert!(pool.try_take().is_none());
+        pool.set_budget(ByteSize::gib(1));
+        assert_eq!(pool.usage().budget, 4, "never above the capacity");
+    }
+
+    #[test]
+    fn the_given_descriptor_cannot_write() {
+        let pool = pool(1);
+        let fd = pool.read_only_fd().unwrap();
+        assert!(rustix::io::pwrite(&fd, b"x", 0).is_err());
+        // SAFETY: a new mapping that is never used.
+        let writable = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                4096,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &fd,
+                0,
+            )
+        };
+        assert!(writable.is_err());
+        assert!(rustix::fs::ftruncate(&pool, 0).is_err(), "sealed");
+    }
+
+    #[test]
+    fn sizes_that_make_no_pool() {
+        assert!(matches!(ChunkPool::new(CHUNK, ByteSize(100)), Err(PoolError::ChunkSize { .. })));
+        assert!(matches!(ChunkPool::new(CHUNK, ByteSize::ZERO), Err(PoolError::ChunkSize { .. })));
+        assert!(matches!(ChunkPool::new(ByteSize(1), CHUNK), Err(PoolError::Capacity { .. })));
+        assert!(matches!(ChunkPool::new(ByteSize(u64::MAX), CHUNK), Err(PoolError::Capacity { .. })));
+    }
+}
