@@ -3,6 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
+pub mod gguf;
+pub mod hf;
+
 /// A family of models that the engine computes with one forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -93,7 +96,81 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
 }
 
+/// What a checkpoint's settings come to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Support {
+    /// The engine computes it.
+    Runs(ModelConfig),
+    /// The engine would compute something else. The text names each setting that it can't honour, and what it can.
+    Refused(String),
+}
+
+/// A value outside of what any model has, or that contradicts another.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}` {problem}")]
+pub struct InvalidConfig {
+    /// Which field of [`ModelConfig`].
+    pub key: &'static str,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+// === impl ModelConfig ===
+
 impl ModelConfig {
+    /// Checks what arithmetic on the values relies on: none is zero, products of any of them fit into 64 bits, heads
+    /// divide evenly, numbers are finite.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        let bad = |key, problem: String| Err(InvalidConfig { key, problem });
+        for (key, value, max) in [
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 22),
+            ("layers", self.layers, 1 << 12),
+            ("heads", self.heads, 1 << 14),
+            ("kv_heads", self.kv_heads, 1 << 14),
+            ("head_dim", self.head_dim, 1 << 14),
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("context_trained", self.context_trained, 1 << 30),
+            ("sliding_window", self.sliding_window.unwrap_or(1), u32::MAX),
+        ] {
+            if value == 0 || value > max {
+                return bad(key, format!("is {value}; it must be 1 to {max}"));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return bad("kv_heads", format!("({}) doesn't divide the heads ({})", self.kv_heads, self.heads));
+        }
+        if !self.head_dim.is_multiple_of(2) || self.rope.dims != self.head_dim {
+            let problem =
+                format!("is {}; it must be the head's dimensions ({}), even", self.rope.dims, self.head_dim);
+            return bad("rope.dims", problem);
+        }
+        let mut positive = vec![("norm_epsilon", self.norm_epsilon), ("rope.theta", self.rope.theta)];
+        match self.rope.scaling {
+            None => {}
+            Some(RopeScaling::Linear { factor }) => positive.push(("rope.scaling.factor", factor)),
+            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) => {
+                positive.push(("rope.scaling.factor", factor));
+                positive.push(("rope.scaling.low_freq_factor", low_freq_factor));
+                // Their difference is divided by.
+                positive.push((
+                    "rope.scaling.high_freq_factor - low_freq_factor",
+                    high_freq_factor - low_freq_factor,
+                ));
+                if original_context == 0 {
+                    return bad("rope.scaling.original_context", "is 0".to_owned());
+                }
+            }
+        }
+        match positive.iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
+            Some((key, value)) => bad(key, format!("is {value}; it must be positive and finite")),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes of KV cache of one token: keys and values of every layer, in f32 (the CPU engine's KV type).
     #[must_use]
     pub fn kv_bytes_per_token(&self) -> u64 {

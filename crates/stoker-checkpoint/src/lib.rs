@@ -3,15 +3,27 @@
 //! Bytes in, types out. Headers of safetensors and GGUF files become one [`Manifest`]: configuration, tensor index in
 //! execution order, tokenizer and chat template, trust level. Everything in a checkpoint is untrusted.
 
+pub mod chat_template;
 pub mod config;
 pub mod dequant;
+pub mod detokenize;
 mod error;
 pub mod gguf;
+mod index;
+mod json;
 pub mod manifest;
+mod names;
+pub mod safetensors;
+pub mod sums;
+pub mod stop;
+pub mod text;
+pub mod tokenizer;
 
 pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
 pub use error::CheckpointError;
+pub use index::index;
 pub use manifest::{
-    ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, Part, Role, Source, Tensor, TokenizerFiles,
-    Trust, WeightFile,
+    ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source, Tensor, TokenizerFiles,
+    Trust, WeightFile, identity_of,
 };
+pub use sums::chunk_sum;

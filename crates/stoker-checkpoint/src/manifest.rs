@@ -7,6 +7,10 @@ use stoker_types::DType;
 
 use crate::ModelConfig;
 
+mod file;
+
+pub use file::{FILE_NAME, FileSummary, ManifestSummary, identity_of};
+
 /// Version of the manifest's format that this build writes, and the newest that it reads.
 pub const MANIFEST_VERSION: u32 = 1;
 
@@ -30,12 +34,12 @@ pub struct Manifest {
     pub refusal: Option<String>,
     /// Weight files. [`Tensor::file`] indexes them.
     pub files: Vec<WeightFile>,
-    /// Tensors in execution order: embedding, layers, norm, head.
-    pub tensors: Vec<Tensor>,
     /// Where tokenizer and chat template are.
     pub tokenizer: TokenizerFiles,
     /// The model's own defaults for generation.
     pub generation: GenerationDefaults,
+    /// Tensors in execution order: embedding, layers, norm, head. Last, so that a summary needs to read no further.
+    pub tensors: Vec<Tensor>,
 }
 
 /// Where a model came from.
