@@ -1,0 +1,469 @@
+//! Continuous batching: every step computes one batch of rows for all running sequences.
+//!
+//! Sequences are computed in order of arrival. Those that only need their next token come first; what is left of the
+//! prefill budget goes to prompts in chunks. Results don't depend on any of this: a row's result depends on that row
+//! and its own KV alone, so a sequence that is batched, chunked, preempted and computed again, or resumed from its
+//! ledger brings the same ids as when served alone.
+//!
+//! KV memory: a sequence is admitted when its blocks are there, all of them for what is known of it, and one more for
+//! each running sequence to grow. When growth finds none, the youngest running sequence gives its KV up and waits at
+//! the head of the queue; the oldest always advances, so everything ends.
+
+use std::collections::{HashSet, VecDeque};
+
+use stoker_types::{FinishReason, Sampling, clock};
+
+use crate::{
+    Batch, Begun, End, EngineError, EngineLimits, EngineStats, Failure, Model, NewToken, SequenceRequest,
+    Span, StepEngine, StepOutput, SubmitError,
+    kv::{BlockPool, BlockTable},
+    sampling::{self, Occurrences, Sampler},
+    storage::KvStorage,
+};
+
+/// Most sequences that wait in an engine. Admission control is the gateway's; this bounds what a broken one can do.
+pub(crate) const WAITING_MAX: usize = 1024;
+
+/// One model, its KV cache and the sequences that it computes. One owner; no thread of its own but the model's.
+pub struct Engine {
+    model: Box<dyn Model>,
+    limits: EngineLimits,
+    pool: BlockPool,
+    storage: KvStorage,
+    sampler: Sampler,
+    /// In order of arrival.
+    running: Vec<Sequence>,
+    /// In order of arrival; a preempted sequence is older than all that were never admitted.
+    waiting: VecDeque<Sequence>,
+    aborted: HashSet<u64>,
+    /// Sequences that had ended when they were submitted (a ledger whose last token is a stop id).
+    ended: Vec<End>,
+    stats: EngineStats,
+    buffers: Buffers,
+}
+
+/// Kept between steps so that a step allocates little.
+#[derive(Default)]
+struct Buffers {
+    tokens: Vec<u32>,
+    logit_rows: Vec<usize>,
+    logits: Vec<f32>,
+}
+
+struct Sequence {
+    key: u64,
+    /// Prompt, then generated.
+    tokens: Vec<u32>,
+    prompt_tokens: usize,
+    /// Tokens whose KV is there; less than all of them.
+    computed: usize,
+    /// While running.
+    table: Option<BlockTable>,
+    /// Most tokens in all.
+    tokens_end: usize,
+    stop_ids: Vec<u32>,
+    sampling: Sampling,
+    salt: Vec<u8>,
+    /// Counted only where a penalty needs them.
+    occurrences: Occurrences,
+    counts: bool,
+    submitted: clock::Instant,
+    /// When its first row was computed.
+    began: Option<clock::Instant>,
+    /// [`Begun`] has been reported.
+    begun: bool,
+    cached_tokens: usize,
+}
+
+/// Rows of one sequence in a step: `computed .. computed + rows`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Share {
+    /// Index into [`Engine::running`].
+    sequence: usize,
+    rows: usize,
+}
+
+/// Checks a request against what a model can do.
+pub(crate) fn check(request: &SequenceRequest, context: u32, vocab_size: u32) -> Result<(), SubmitError> {
+    if request.prompt.is_empty() {
+        return Err(SubmitError::EmptyPrompt);
+    }
+    if request.prompt.len() >= context as usize {
+        return Err(SubmitError::TooLong { tokens: request.prompt.len(), context });
+    }
+    if let Some(&id) = request.prompt.iter().chain(&request.generated).find(|id| **id >= vocab_size) {
+        return Err(SubmitError::UnknownToken { id, vocab_size });
+    }
+    sampling::validate(&request.sampling, vocab_size)
+}
+
+// === impl Engine ===
+
+impl Engine {
+    /// An engine around a model. Memory for KV is taken as sequences need it and given back when the engine is dropped.
+    ///
+    /// # Errors
+    /// [`EngineError::KvTooSmall`] when not even one block fits into `kv_bytes`, and [`EngineError::Limits`] for a limit
+    /// of zero.
+    pub fn new(model: Box<dyn Model>, limits: EngineLimits) -> Result<Self, EngineError> {
+        let EngineLimits { context, sequences_max, kv_bytes, prefill_tokens_per_step } = limits;
+        for (limit, value) in [
+            ("context", context),
+            ("sequences_max", sequences_max),
+            ("prefill_tokens_per_step", prefill_tokens_per_step),
+        ] {
+            if value == 0 {
+                return Err(EngineError::Limits { limit });
+            }
+        }
+        let shape = model.kv_shape();
+        let blocks = usize::try_from(kv_bytes / shape.block_bytes()).unwrap_or(usize::MAX);
+        if blocks == 0 {
+            return Err(EngineError::KvTooSmall { kv_bytes, block_bytes: shape.block_bytes() });
+        }
+        // No more than all sequences at their full length, and the cache, can ever use; block ids are 32 bits wide.
+        let blocks = blocks.min(u32::MAX as usize);
+        let storage = KvStorage::new(shape, blocks)?;
+        Ok(Self {
+            model,
+            limits,
+            pool: BlockPool::new(blocks),
+            storage,
+            sampler: Sampler::default(),
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            aborted: HashSet::new(),
+            ended: Vec::new(),
+            stats: EngineStats::default(),
+            buffers: Buffers::default(),
+        })
+    }
+
+    /// Ends aborted sequences and reports those that ended when they were submitted.
+    fn end_early(&mut self, output: &mut StepOutput) {
+        output.ends.append(&mut self.ended);
+        if self.aborted.is_empty() {
+            return;
+        }
+        let aborted = std::mem::take(&mut self.aborted);
+        let mut keep = |sequence: &Sequence| {
+            let aborted = aborted.contains(&sequence.key);
+            if aborted {
+                output.ends.push(End { key: sequence.key, finish: FinishReason::Cancelled });
+            }
+            !aborted
+        };
+        self.running.retain(&mut keep);
+        self.waiting.retain(keep);
+    }
+
+    /// Admits waiting sequences in order, as long as there is a place and KV memory for the next.
+    fn admit(&mut self) {
+        while self.running.len() < self.limits.sequences_max as usize
+            && let Some(mut sequence) = self.waiting.pop_front()
+        {
+            let mut table = self.pool.table(&sequence.salt, &sequence.tokens);
+            let needed = BlockPool::blocks_for(sequence.tokens.len()) - table.blocks().len();
+            let headroom = self.running.len();
+            if needed + headroom > self.pool.available() || table.grow(sequence.tokens.len()).is_err() {
+                self.waiting.push_front(sequence);
+                return;
+            }
+            sequence.reuse(table.published_tokens(), &mut self.stats);
+            sequence.table = Some(table);
+            self.running.push(sequence);
+        }
+    }
+
+    /// Decides which rows this step computes. Afterwards every chosen sequence has the blocks for its rows.
+    fn schedule(&mut self) -> Vec<Share> {
+        let mut shares = Vec::with_capacity(self.running.len());
+        let mut prefilling = Vec::new();
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = &mut self.running[at];
+            if sequence.pending() > 1 {
+                prefilling.push(at);
+                at += 1;
+                continue;
+            }
+            let table = sequence.table.as_mut().expect("a running sequence has a table");
+            if table.grow(sequence.tokens.len()).is_ok() {
+                shares.push(Share { sequence: at, rows: 1 });
+                at += 1;
+            } else {
+                // The youngest, which may be this one; never one before it, whose rows are chosen already.
+                self.preempt_youngest();
+            }
+        }
+        prefilling.retain(|at| *at < self.running.len());
+        self.share_prefill(&prefilling, &mut shares);
+        shares
+    }
+
+    /// The youngest running sequence gives up its KV and is computed again later.
+    fn preempt_youngest(&mut self) {
+        let mut sequence = self.running.pop().expect("somebody is running who asks for room");
+        sequence.table = None;
+        sequence.computed = 0;
+        self.stats.preemptions += 1;
+        self.waiting.push_front(sequence);
+    }
+
+    /// Divides the prefill budget: half of it is the oldest's, so that a long prompt always advances; of the rest the
+    /// shortest are served first, so that a short prompt doesn't wait for a long one; what remains is the oldest's again.
+    fn share_prefill(&mut self, prefilling: &[usize], shares: &mut Vec<Share>) {
+        let mut chosen: Vec<Share> = Vec::with_capacity(prefilling.len());
+        for &at in prefilling {
+            let (before, [sequence, ..]) = self.running.split_at_mut(at) else { continue };
+            let table = sequence.table.as_mut().expect("a running sequence has a table");
+            let computed = table.adopt(&sequence.tokens, sequence.computed);
+            // Another sequence with the same beginning (of `n` answers to one prompt, say) computes the next block:
+            // this one takes it over when it is published.
+            let waits = chosen.iter().any(|share| {
+                let other = &before[share.sequence];
+                let others_table = other.table.as_ref().expect("a running sequence has a table");
+                computed == table.published_tokens()
+                    && table.computes_same(&sequence.tokens, others_table, &other.tokens)
+            });
+            sequence.reuse(computed, &mut self.stats);
+            if !waits {
+                chosen.push(Share { sequence: at, rows: 0 });
+            }
+        }
+        let mut budget = self.limits.prefill_tokens_per_step as usize;
+        let Some(oldest) = chosen.first_mut() else { return };
+        oldest.rows = self.running[oldest.sequence].pending().min(budget.div_ceil(2));
+        budget -= oldest.rows;
+        let mut order: Vec<usize> = (1..chosen.len()).collect();
+        order.sort_by_key(|i| self.running[chosen[*i].sequence].pending());
+        for at in order {
+            let share = &mut chosen[at];
+            share.rows = self.running[share.sequence].pending().min(budget);
+            budget -= share.rows;
+        }
+        let oldest = &mut chosen[0];
+        oldest.rows += (self.running[oldest.sequence].pending() - oldest.rows).min(budget);
+        shares.extend(chosen.into_iter().filter(|share| share.rows > 0));
+    }
+
+    /// Computes the rows and leaves the logits of the sequences whose last token is among them in the buffers, in order.
+    fn compute(&mut self, shares: &[Share]) {
+        let now = clock::now();
+        let Buffers { tokens, logit_rows, logits } = &mut self.buffers;
+        tokens.clear();
+        logit_rows.clear();
+        for share in shares {
+            let sequence = &mut self.running[share.sequence];
+            sequence.began.get_or_insert(now);
+            let rows = sequence.computed..sequence.computed + share.rows;
+            tokens.extend_from_slice(&sequence.tokens[rows.clone()]);
+            if rows.end == sequence.tokens.len() {
+                logit_rows.push(tokens.len() - 1);
+            }
+        }
+        self.storage.ensure(self.pool.touched());
+        let spans: Vec<Span<'_>> = shares
+            .iter()
+            .map(|share| {
+                let sequence = &self.running[share.sequence];
+                let table = sequence.table.as_ref().expect("a running sequence has a table");
+                Span { rows: share.rows, start: sequence.computed, blocks: table.blocks() }
+            })
+            .collect();
+        self.model.forward(&Batch { tokens, spans: &spans, logit_rows }, &mut self.storage, logits);
+    }
+
+    /// Takes note of what was computed, and chooses tokens.
+    fn advance(&mut self, shares: &[Share], output: &mut StepOutput) {
+        let vocab_size = self.model.vocab_size() as usize;
+        let mut logits = self.buffers.logits.chunks_exact(vocab_size);
+        let mut over = HashSet::new();
+        let now = clock::now();
+        for share in shares {
+            let sequence = &mut self.running[share.sequence];
+            if share.rows > 1 || !sequence.begun {
+                self.stats.prefill_tokens += share.rows as u64;
+            }
+            sequence.computed += share.rows;
+            let table = sequence.table.as_mut().expect("a running sequence has a table");
+            table.publish(&sequence.tokens, sequence.computed);
+            if sequence.pending() > 0 {
+                continue;
+            }
+            if !sequence.begun {
+                sequence.begun = true;
+                let began = sequence.began.unwrap_or(now);
+                output.begun.push(Begun {
+                    key: sequence.key,
+                    waited: began.saturating_duration_since(sequence.submitted),
+                    prefill: now.saturating_duration_since(began),
+                    cached_tokens: count(sequence.cached_tokens.min(sequence.prompt_tokens)),
+                });
+            }
+            let row = logits.next().expect("the model computed logits for each of these rows");
+            let position = count(sequence.tokens.len() - sequence.prompt_tokens);
+            match self.sampler.choose(row, &sequence.sampling, &sequence.occurrences, position) {
+                Ok(choice) => {
+                    let sampling::Choice { token, logprob, top } = choice;
+                    self.stats.tokens += 1;
+                    output.tokens.push(NewToken { key: sequence.key, position, id: token, logprob, top });
+                    sequence.push(token);
+                    if let Some(finish) = sequence.finish() {
+                        output.ends.push(End { key: sequence.key, finish });
+                        over.insert(sequence.key);
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(position, %error, "the model computed no usable logits");
+                    output.failures.push(Failure { key: sequence.key, message: error.to_string() });
+                    over.insert(sequence.key);
+                }
+            }
+        }
+        if !over.is_empty() {
+            self.running.retain(|sequence| !over.contains(&sequence.key));
+        }
+    }
+}
+
+impl StepEngine for Engine {
+    fn submit(&mut self, request: SequenceRequest) -> Result<(), SubmitError> {
+        check(&request, self.limits.context, self.model.vocab_size())?;
+        let SequenceRequest { key, prompt, generated, tokens_max, stop_ids, sampling, cache_salt } = request;
+        let in_use = self.running.iter().chain(&self.waiting).any(|s| s.key == key)
+            || self.ended.iter().any(|end| end.key == key);
+        if in_use {
+            return Err(SubmitError::DuplicateKey { key });
+        }
+        if self.waiting.len() + self.ended.len() >= WAITING_MAX {
+            return Err(SubmitError::QueueFull { waiting: self.waiting.len() });
+        }
+        let prompt_tokens = prompt.len();
+        let tokens_end = prompt_tokens.saturating_add(tokens_max as usize).min(self.limits.context as usize);
+        // The last token's KV is never computed.
+        let blocks = BlockPool::blocks_for(tokens_end - 1);
+        let capacity = self.pool.usage().capacity;
+        if blocks > capacity {
+            let block_bytes = self.storage.shape().block_bytes();
+            return Err(SubmitError::OutOfMemory {
+                tokens: tokens_end as u64,
+                needed_bytes: blocks as u64 * block_bytes,
+                kv_bytes: capacity as u64 * block_bytes,
+            });
+        }
+        let counts = sampling::counts_occurrences(&sampling);
+        let occurrences = if counts { Occurrences::of(&prompt, &generated) } else { Occurrences::default() };
+        let mut tokens = prompt;
+        tokens.extend_from_slice(&generated);
+        let sequence = Sequence {
+            key,
+            tokens,
+            prompt_tokens,
+            computed: 0,
+            table: None,
+            tokens_end,
+            stop_ids,
+            sampling,
+            salt: cache_salt,
+            occurrences,
+            counts,
+            submitted: clock::now(),
+            began: None,
+            begun: false,
+            cached_tokens: 0,
+        };
+        match sequence.finish() {
+            Some(finish) => self.ended.push(End { key, finish }),
+            None => self.waiting.push_back(sequence),
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self, key: u64) {
+        if self.running.iter().chain(&self.waiting).any(|s| s.key == key) {
+            self.aborted.insert(key);
+        }
+    }
+
+    fn step(&mut self) -> StepOutput {
+        let mut output = StepOutput::default();
+        self.end_early(&mut output);
+        self.admit();
+        let shares = self.schedule();
+        if !shares.is_empty() {
+            self.stats.steps += 1;
+            self.compute(&shares);
+            self.advance(&shares, &mut output);
+        }
+        output
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty() && self.ended.is_empty()
+    }
+
+    fn stats(&self) -> EngineStats {
+        let usage = self.pool.usage();
+        let bytes = |blocks: usize| blocks as u64 * self.storage.shape().block_bytes();
+        EngineStats {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            kv_bytes_used: bytes(usage.used),
+            kv_bytes_cached: bytes(usage.cached),
+            kv_bytes_max: bytes(usage.capacity),
+            ..self.stats
+        }
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("limits", &self.limits)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Sequence ===
+
+impl Sequence {
+    /// Tokens whose KV is missing.
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// The KV of the first `computed` tokens turned out to be there.
+    fn reuse(&mut self, computed: usize, stats: &mut EngineStats) {
+        let reused = computed - self.computed;
+        self.computed = computed;
+        if !self.begun {
+            self.cached_tokens += reused;
+            stats.cached_tokens += reused as u64;
+        }
+    }
+
+    fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        if self.counts {
+            self.occurrences.generated(token);
+        }
+    }
+
+    /// Why it is over, if it is.
+    fn finish(&self) -> Option<FinishReason> {
+        let generated = &self.tokens[self.prompt_tokens..];
+        if generated.last().is_some_and(|last| self.stop_ids.contains(last)) {
+            Some(FinishReason::Stop)
+        } else if self.tokens.len() >= self.tokens_end {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}
+
+fn count(tokens: usize) -> u32 {
+    u32::try_from(tokens).unwrap_or(u32::MAX)
+}
