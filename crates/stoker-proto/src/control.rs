@@ -5,10 +5,17 @@
 //! `force` is not set: the worker is the only judge of "idle", so no race can cut a stream. [`Ping`] is answered at
 //! once by [`Pong`], by a task that does not wait for the engine. When the control connection closes, the node is
 //! gone: the worker lets its streams finish and exits.
+//!
+//! The connection is the worker's standard input. Before any frame the node sends one byte, [`HANDOVER_BYTE`], with two
+//! file descriptors behind it (`SCM_RIGHTS`): the chunk pool, opened for reading, and the bound, listening socket for
+//! streams.
 
 #![expect(missing_docs, reason = "the derives generate undocumented helpers; fields are documented here")]
 
 use prost::{Message, Oneof};
+
+/// The node's first byte, which carries the descriptors.
+pub const HANDOVER_BYTE: u8 = b'S';
 
 /// From the node.
 #[derive(Clone, PartialEq, Message)]

@@ -21,6 +21,7 @@ pub mod to_worker {
 
     /// One of.
     #[derive(Clone, PartialEq, Oneof)]
+    #[expect(clippy::large_enum_variant, reason = "most messages are the large one")]
     pub enum Kind {
         #[prost(message, tag = "1")]
         Generate(Generate),

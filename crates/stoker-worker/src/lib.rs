@@ -1,1 +1,116 @@
-//! The inference worker process: the protocol around stoker-engine
+//! The inference worker process: the protocol around `stoker-engine`.
+//!
+//! A worker is started by a node before it is needed, takes one model at a time, and serves its streams to gateways
+//! over its own socket. See [`stoker_proto::control`] and [`stoker_proto::stream`] for what is said.
+//!
+//! Two threads: the main one runs every connection, the engine's owns the model and all sequences. The node's pings
+//! are answered by the main one, so they say that the process lives; the step count in the answer says whether the
+//! engine does. A panic anywhere ends the process with [`EXIT_PANIC`] after it was logged: the node sees that at once,
+//! which it would not see of a thread that is missing.
+
+mod connection;
+mod engine;
+mod handover;
+mod loader;
+mod model;
+mod process;
+
+use std::{backtrace::Backtrace, panic, process::ExitCode, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::mpsc,
+};
+
+pub use process::WorkerLimits;
+
+use engine::{Counters, EngineThread};
+use model::PoolLoader;
+
+/// Exit code after a panic, in the engine or elsewhere.
+pub const EXIT_PANIC: u8 = 70;
+
+/// Exit code when the worker could not be set up or had to give up.
+pub const EXIT_FAILED: u8 = 71;
+
+/// What a worker process is told on its command line. Everything else comes from its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkerArgs {
+    /// Threads that a model computes with when the load order doesn't say; 0: as many as there are cores.
+    pub threads: u32,
+    /// Instead of a model, an engine that costs nothing: for measuring everything else.
+    pub standin: Option<StandIn>,
+    /// Bounds.
+    pub limits: WorkerLimits,
+}
+
+/// An engine that costs nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StandIn {
+    /// How long each of its steps takes.
+    pub step_time: Duration,
+}
+
+/// Runs a worker: standard input is the control socket. Returns when the node says so or is gone and the streams have
+/// ended. Ends the process on a panic in any thread. The caller has set up logging, to standard error.
+#[must_use]
+pub fn run(args: WorkerArgs) -> ExitCode {
+    exit_on_panic();
+    match serve(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = &*error, "the worker gives up");
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let WorkerArgs { threads, standin, limits } = args;
+    let inherited = handover::receive(std::io::stdin())?;
+    inherited.control.set_nonblocking(true)?;
+    inherited.listener.set_nonblocking(true)?;
+
+    let (commands, receiver) = mpsc::channel(process::COMMANDS_MAX);
+    let counters = Arc::<Counters>::default();
+    let loader = PoolLoader::new(inherited.pool, threads, standin)?;
+    let device = loader.device();
+    let engine = EngineThread::new(receiver, Box::new(loader), Arc::clone(&counters));
+    // Not joined: a step that does not end must not keep the process from ending.
+    std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let control = UnixStream::from_std(inherited.control)?;
+        let listener = UnixListener::from_std(inherited.listener)?;
+        process::serve(control, listener, device, limits, commands, counters).await?;
+        Ok(())
+    })
+}
+
+fn exit_on_panic() {
+    panic::set_hook(Box::new(|info| {
+        let backtrace = Backtrace::force_capture();
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("?");
+        tracing::error!(thread, %backtrace, "panicked: {info}");
+        #[expect(
+            clippy::exit,
+            reason = "no stack may be unwound past here: a half-dead worker would hang its streams"
+        )]
+        std::process::exit(EXIT_PANIC.into());
+    }));
+}
+
+// === impl WorkerArgs, WorkerLimits ===
+
+impl Default for WorkerArgs {
+    fn default() -> Self {
+        Self { threads: 0, standin: None, limits: WorkerLimits::default() }
+    }
+}
+
+impl Default for WorkerLimits {
+    fn default() -> Self {
+        Self { connections_max: 64, queue_bytes_max: 8 << 20, orphan_grace: Duration::from_secs(60) }
+    }
+}

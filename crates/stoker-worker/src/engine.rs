@@ -1,0 +1,462 @@
+//! The engine's thread: the one owner of the loaded model and of every sequence.
+//!
+//! Commands come by a bounded channel. Between two steps all commands that have come are obeyed; without sequences the
+//! thread blocks on the channel. After a step each connection gets one frame with everything that the step brought
+//! for its streams.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use stoker_engine::{SequenceRequest, StepEngine, StepOutput, SubmitError};
+use stoker_proto::{
+    control::{Load, Loaded, Pong},
+    stream::{Begun, End, Failure, FailureCode, Finish, FromWorker, Generate, Token, TopToken},
+};
+use stoker_types::{FinishReason, TokenLogprob, clock};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    connection::{Connection, ConnectionId},
+    loader::{LoadError, LoadedModel, Loader},
+};
+
+/// The engine's key of a sequence. Never reused.
+type SequenceKey = u64;
+
+/// What the engine's thread is asked to do.
+pub(crate) enum Command {
+    /// Take a model.
+    Load { order: Box<Load>, reply: oneshot::Sender<Result<Loaded, LoadError>> },
+    /// Let the model go.
+    Unload { instance: u64, force: bool, reply: oneshot::Sender<UnloadOutcome> },
+    /// A new stream.
+    Generate { connection: Arc<Connection>, message: Box<Generate>, arrived: clock::Instant },
+    /// End a stream.
+    Abort { connection: ConnectionId, stream: u64 },
+    /// A connection is gone, and its streams with it.
+    Closed { connection: ConnectionId },
+    /// Take no new stream; the reply comes when none is running.
+    Drain { reply: oneshot::Sender<Drained> },
+    /// End what is still running.
+    Finish,
+}
+
+/// What became of an unload.
+pub(crate) enum UnloadOutcome {
+    /// Nothing of it is mapped (any more).
+    Unloaded,
+    /// So many sequences are running.
+    Refused { sequences: u32 },
+}
+
+/// No stream is running: the connections that may still have frames to write.
+pub(crate) struct Drained {
+    pub(crate) connections: Vec<Arc<Connection>>,
+}
+
+/// What others may read without asking the engine's thread.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    sequences: AtomicU32,
+    steps: AtomicU64,
+    kv_bytes_used: AtomicU64,
+    tokens: AtomicU64,
+}
+
+/// The engine's thread.
+pub(crate) struct EngineThread {
+    commands: mpsc::Receiver<Command>,
+    loader: Box<dyn Loader>,
+    counters: Arc<Counters>,
+    model: Option<Model>,
+    sequences: HashMap<SequenceKey, Owner>,
+    connections: HashMap<ConnectionId, Streams>,
+    next_sequence: SequenceKey,
+    /// Connections with something in their pending frame.
+    touched: Vec<ConnectionId>,
+    draining: Option<Option<oneshot::Sender<Drained>>>,
+}
+
+struct Model {
+    instance: u64,
+    generation: u64,
+    engine: Box<dyn StepEngine>,
+}
+
+/// Where a sequence's tokens go.
+#[derive(Clone, Copy)]
+struct Owner {
+    connection: ConnectionId,
+    stream: u64,
+    /// From its arrival at the worker until the engine had it.
+    queued: Duration,
+}
+
+/// Why a stream ends before it begins.
+struct Refused {
+    code: FailureCode,
+    message: String,
+}
+
+/// A connection's streams.
+struct Streams {
+    connection: Arc<Connection>,
+    running: HashMap<u64, SequenceKey>,
+    pending: FromWorker,
+}
+
+// === impl EngineThread ===
+
+impl EngineThread {
+    pub(crate) fn new(
+        commands: mpsc::Receiver<Command>,
+        loader: Box<dyn Loader>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            commands,
+            loader,
+            counters,
+            model: None,
+            sequences: HashMap::new(),
+            connections: HashMap::new(),
+            next_sequence: 0,
+            touched: Vec::new(),
+            draining: None,
+        }
+    }
+
+    /// Works until every sender of commands is gone.
+    pub(crate) fn run(mut self) {
+        loop {
+            if self.is_idle() {
+                match self.commands.blocking_recv() {
+                    Some(command) => self.obey(command),
+                    None => return,
+                }
+            }
+            // As many as have come, not as they keep coming: streams that run are not starved by new ones.
+            for _ in 0..self.commands.len() {
+                match self.commands.try_recv() {
+                    Ok(command) => self.obey(command),
+                    Err(_) => break,
+                }
+            }
+            if !self.is_idle() {
+                self.step();
+            }
+            self.deliver();
+            self.publish();
+            self.report_drained();
+        }
+    }
+
+    /// Nothing to compute. (A sequence that nobody wants any more still takes the engine a step to let go of.)
+    fn is_idle(&self) -> bool {
+        self.model.as_ref().is_none_or(|m| m.engine.is_idle())
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Load { order, reply } => {
+                // Nobody waits for the reply when the node is gone; then the process ends soon.
+                let _ = reply.send(self.load(&order));
+            }
+            Command::Unload { instance, force, reply } => {
+                let _ = reply.send(self.unload(instance, force));
+            }
+            Command::Generate { connection, message, arrived } => {
+                self.generate(connection, *message, arrived);
+            }
+            Command::Abort { connection, stream } => {
+                let running = self.connections.get(&connection).and_then(|s| s.running.get(&stream));
+                if let (Some(sequence), Some(model)) = (running, &mut self.model) {
+                    model.engine.abort(*sequence);
+                }
+            }
+            Command::Closed { connection } => self.drop_connection(connection),
+            Command::Drain { reply } => self.draining = Some(Some(reply)),
+            Command::Finish => self.fail_all("the worker is shutting down"),
+        }
+    }
+
+    fn load(&mut self, order: &Load) -> Result<Loaded, LoadError> {
+        if let Some(model) = &self.model {
+            return Err(LoadError::Failed(format!("the worker still serves instance {}", model.instance)));
+        }
+        let LoadedModel { engine, map, init } = self.loader.load(order)?;
+        self.model = Some(Model { instance: order.instance, generation: order.generation, engine });
+        tracing::info!(instance = order.instance, ?map, ?init, "model loaded");
+        Ok(Loaded { instance: order.instance, map_us: micros(map), init_us: micros(init) })
+    }
+
+    fn unload(&mut self, instance: u64, force: bool) -> UnloadOutcome {
+        if self.model.as_ref().is_none_or(|m| m.instance != instance) {
+            // An order that crossed another: what it asks for is so.
+            return UnloadOutcome::Unloaded;
+        }
+        if !self.sequences.is_empty() {
+            if !force {
+                let sequences = u32::try_from(self.sequences.len()).unwrap_or(u32::MAX);
+                return UnloadOutcome::Refused { sequences };
+            }
+            self.fail_all("the model was taken away");
+        }
+        self.model = None;
+        tracing::info!(instance, "model unloaded");
+        UnloadOutcome::Unloaded
+    }
+
+    fn generate(&mut self, connection: Arc<Connection>, message: Generate, arrived: clock::Instant) {
+        let (id, stream) = (connection.id, message.stream);
+        if connection.is_closed() {
+            return;
+        }
+        let streams = self.connections.entry(id).or_insert_with(|| Streams {
+            connection,
+            running: HashMap::new(),
+            pending: FromWorker::default(),
+        });
+        if streams.running.contains_key(&stream) {
+            // Ending one of the two would look like the end of the other.
+            tracing::warn!(
+                connection = id,
+                stream,
+                "gateway used a stream's number twice; closing its connection"
+            );
+            streams.connection.close();
+            self.drop_connection(id);
+            return;
+        }
+        match self.submit(message) {
+            Ok(sequence) => {
+                let queued = clock::now().saturating_duration_since(arrived);
+                self.sequences.insert(sequence, Owner { connection: id, stream, queued });
+                if let Some(streams) = self.connections.get_mut(&id) {
+                    streams.running.insert(stream, sequence);
+                }
+            }
+            Err(Refused { code, message }) => {
+                self.frame(id).failures.push(Failure { stream, code: code.into(), message });
+            }
+        }
+    }
+
+    fn submit(&mut self, message: Generate) -> Result<SequenceKey, Refused> {
+        let Generate {
+            stream: _,
+            generation,
+            request: _,
+            prompt,
+            generated,
+            tokens_max,
+            stop_ids,
+            sampling,
+            cache_salt,
+        } = message;
+        let refused = |code, message: &str| Err(Refused { code, message: message.into() });
+        if self.draining.is_some() {
+            return refused(FailureCode::Unloaded, "the worker is shutting down");
+        }
+        let Some(model) = self.model.as_mut().filter(|m| m.generation == generation) else {
+            return refused(FailureCode::WrongGeneration, "this generation is not served here");
+        };
+        let Some(sampling) = sampling else {
+            return refused(FailureCode::Invalid, "no sampling parameters");
+        };
+        let key = self.next_sequence;
+        self.next_sequence += 1;
+        model.engine.submit(SequenceRequest {
+            key,
+            prompt,
+            generated,
+            tokens_max,
+            stop_ids,
+            sampling: sampling.into(),
+            cache_salt: cache_salt.into(),
+        })?;
+        Ok(key)
+    }
+
+    fn step(&mut self) {
+        let Some(model) = &mut self.model else { return };
+        let StepOutput { begun, tokens, ends, failures } = model.engine.step();
+        self.counters.steps.fetch_add(1, Ordering::Relaxed);
+        self.counters.tokens.fetch_add(tokens.len() as u64, Ordering::Relaxed);
+        for b in begun {
+            if let Some((owner, frame)) = self.frame_of(b.key) {
+                frame.begun.push(Begun {
+                    stream: owner.stream,
+                    waited_us: micros(owner.queued + b.waited),
+                    prefill_us: micros(b.prefill),
+                    cached_tokens: b.cached_tokens,
+                });
+            }
+        }
+        for t in tokens {
+            if let Some((owner, frame)) = self.frame_of(t.key) {
+                let top = t.top.iter().map(|&TokenLogprob { token: id, logprob }| TopToken { id, logprob });
+                frame.tokens.push(Token {
+                    stream: owner.stream,
+                    position: t.position,
+                    id: t.id,
+                    logprob: t.logprob,
+                    top: top.collect(),
+                });
+            }
+        }
+        for e in ends {
+            if let Some((owner, frame)) = self.frame_of(e.key) {
+                let finish = match e.finish {
+                    FinishReason::Stop => Finish::Stop,
+                    FinishReason::Length => Finish::Length,
+                    FinishReason::Cancelled => Finish::Cancelled,
+                };
+                frame.ends.push(End { stream: owner.stream, finish: finish.into() });
+                self.ended(e.key);
+            }
+        }
+        for f in failures {
+            if let Some((owner, frame)) = self.frame_of(f.key) {
+                let code = FailureCode::Internal.into();
+                frame.failures.push(Failure { stream: owner.stream, code, message: f.message });
+                self.ended(f.key);
+            }
+        }
+    }
+
+    /// Sends every connection its pending frame.
+    fn deliver(&mut self) {
+        while let Some(id) = self.touched.pop() {
+            let Some(streams) = self.connections.get_mut(&id) else { continue };
+            let sent = streams.connection.send(&streams.pending);
+            let FromWorker { begun, tokens, ends, failures } = &mut streams.pending;
+            begun.clear();
+            tokens.clear();
+            ends.clear();
+            failures.clear();
+            if !sent {
+                self.drop_connection(id);
+            }
+        }
+    }
+
+    /// The pending frame of a connection, to add something to.
+    ///
+    /// # Panics
+    /// When the connection is not known: whoever calls has just seen it.
+    #[expect(clippy::expect_used, reason = "a stream's connection is dropped with its streams")]
+    fn frame(&mut self, connection: ConnectionId) -> &mut FromWorker {
+        let streams = self.connections.get_mut(&connection).expect("a running stream has its connection");
+        if streams.pending == FromWorker::default() {
+            self.touched.push(connection);
+        }
+        &mut streams.pending
+    }
+
+    /// A sequence's owner and the pending frame of its connection; `None` when nobody wants the sequence any more.
+    fn frame_of(&mut self, sequence: SequenceKey) -> Option<(Owner, &mut FromWorker)> {
+        let owner = self.sequences.get(&sequence).copied()?;
+        Some((owner, self.frame(owner.connection)))
+    }
+
+    /// Ends every stream with [`FailureCode::Unloaded`].
+    fn fail_all(&mut self, why: &str) {
+        let sequences: Vec<(SequenceKey, Owner)> = self.sequences.drain().collect();
+        for (sequence, Owner { connection, stream, queued: _ }) in sequences {
+            if let Some(model) = &mut self.model {
+                model.engine.abort(sequence);
+            }
+            if let Some(streams) = self.connections.get_mut(&connection) {
+                streams.running.remove(&stream);
+            }
+            let code = FailureCode::Unloaded.into();
+            self.frame(connection).failures.push(Failure { stream, code, message: why.into() });
+        }
+        self.deliver();
+    }
+
+    fn drop_connection(&mut self, connection: ConnectionId) {
+        if let Some(streams) = self.connections.remove(&connection) {
+            for sequence in streams.running.into_values() {
+                self.forget(sequence);
+            }
+        }
+    }
+
+    /// A sequence that ended by itself.
+    fn ended(&mut self, sequence: SequenceKey) {
+        if let Some(owner) = self.sequences.remove(&sequence)
+            && let Some(streams) = self.connections.get_mut(&owner.connection)
+        {
+            streams.running.remove(&owner.stream);
+        }
+    }
+
+    /// A sequence that nobody wants any more.
+    fn forget(&mut self, sequence: SequenceKey) {
+        if self.sequences.remove(&sequence).is_some()
+            && let Some(model) = &mut self.model
+        {
+            model.engine.abort(sequence);
+        }
+    }
+
+    fn publish(&self) {
+        let sequences = u32::try_from(self.sequences.len()).unwrap_or(u32::MAX);
+        self.counters.sequences.store(sequences, Ordering::Relaxed);
+        let used = self.model.as_ref().map_or(0, |m| m.engine.stats().kv_bytes_used);
+        self.counters.kv_bytes_used.store(used, Ordering::Relaxed);
+    }
+
+    fn report_drained(&mut self) {
+        if !self.sequences.is_empty() {
+            return;
+        }
+        if let Some(reply) = self.draining.as_mut().and_then(Option::take) {
+            let connections = self.connections.values().map(|s| Arc::clone(&s.connection)).collect();
+            let _ = reply.send(Drained { connections });
+        }
+    }
+}
+
+// === impl Counters ===
+
+impl Counters {
+    /// The answer to ping `number`.
+    pub(crate) fn pong(&self, number: u64) -> Pong {
+        Pong {
+            number,
+            sequences: self.sequences.load(Ordering::Relaxed),
+            steps: self.steps.load(Ordering::Relaxed),
+            kv_bytes_used: self.kv_bytes_used.load(Ordering::Relaxed),
+            tokens: self.tokens.load(Ordering::Relaxed),
+        }
+    }
+}
+
+// === impl Refused ===
+
+impl From<SubmitError> for Refused {
+    fn from(error: SubmitError) -> Self {
+        let code = match error {
+            SubmitError::EmptyPrompt
+            | SubmitError::TooLong { .. }
+            | SubmitError::UnknownToken { .. }
+            | SubmitError::Sampling { .. } => FailureCode::Invalid,
+            SubmitError::OutOfMemory { .. } => FailureCode::OutOfMemory,
+            SubmitError::DuplicateKey { .. } | SubmitError::QueueFull { .. } => FailureCode::Internal,
+        };
+        Self { code, message: error.to_string() }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
