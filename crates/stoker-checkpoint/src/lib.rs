@@ -5,6 +5,7 @@
 
 pub mod chat_template;
 pub mod config;
+pub mod convert;
 pub mod dequant;
 pub mod detokenize;
 mod error;

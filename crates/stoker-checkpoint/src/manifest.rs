@@ -9,6 +9,7 @@ use crate::ModelConfig;
 
 mod file;
 
+pub(crate) use file::sync_dir;
 pub use file::{FILE_NAME, FileSummary, ManifestSummary, identity_of};
 
 /// Version of the manifest's format that this build writes, and the newest that it reads.
