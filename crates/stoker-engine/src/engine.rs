@@ -467,3 +467,389 @@ impl Sequence {
 fn count(tokens: usize) -> u32 {
     u32::try_from(tokens).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{kv::BLOCK_TOKENS, storage::KvShape};
+
+    const VOCAB: u32 = 19;
+
+    /// A model without arithmetic whose logits depend on every KV entry of the sequence, so that a block that is
+    /// overwritten, stale, or another sequence's changes what is generated. Each entry is a hash of the entries before.
+    struct Hashes;
+
+    fn mix(a: u32, b: u32) -> u32 {
+        let x = (a ^ b.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+        // Whole numbers below 2^24 are exact in f32.
+        (x ^ x >> 13) & 0x00ff_ffff
+    }
+
+    impl Model for Hashes {
+        fn vocab_size(&self) -> u32 {
+            VOCAB
+        }
+
+        fn kv_shape(&self) -> KvShape {
+            KvShape { layers: 1, kv_heads: 1, head_dim: 1 }
+        }
+
+        fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
+            logits.clear();
+            let layer = kv.layer_mut(0);
+            let mut row = 0;
+            for span in batch.spans {
+                let at = |position: usize| {
+                    span.blocks[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
+                };
+                for position in span.start..span.start + span.rows {
+                    let before = (0..position).fold(1, |hash, p| mix(hash, layer.keys[at(p)] as u32));
+                    let entry = mix(before, batch.tokens[row]);
+                    layer.keys[at(position)] = entry as f32;
+                    layer.values[at(position)] = position as f32;
+                    if batch.logit_rows.contains(&row) {
+                        logits.extend((0..VOCAB).map(|token| mix(entry, token) as f32 / 1e6));
+                    }
+                    row += 1;
+                }
+            }
+            assert_eq!(row, batch.tokens.len());
+        }
+    }
+
+    /// Logits that are no numbers.
+    struct Broken;
+
+    impl Model for Broken {
+        fn vocab_size(&self) -> u32 {
+            VOCAB
+        }
+
+        fn kv_shape(&self) -> KvShape {
+            Hashes.kv_shape()
+        }
+
+        fn forward(&mut self, batch: &Batch<'_>, _: &mut KvStorage, logits: &mut Vec<f32>) {
+            logits.clear();
+            logits.resize(batch.logit_rows.len() * VOCAB as usize, f32::NAN);
+        }
+    }
+
+    fn limits(blocks: u64) -> EngineLimits {
+        EngineLimits {
+            context: 400,
+            sequences_max: 6,
+            kv_bytes: blocks * Hashes.kv_shape().block_bytes(),
+            prefill_tokens_per_step: 48,
+        }
+    }
+
+    fn request(key: u64, prompt: Vec<u32>, tokens_max: u32) -> SequenceRequest {
+        SequenceRequest {
+            key,
+            prompt,
+            generated: Vec::new(),
+            tokens_max,
+            stop_ids: Vec::new(),
+            sampling: Sampling { seed: key, temperature: 0.8, ..Sampling::default() },
+            cache_salt: Vec::new(),
+        }
+    }
+
+    /// Everything that a set of sequences brought.
+    #[derive(Default, PartialEq, Debug)]
+    struct Outcome {
+        ids: BTreeMap<u64, Vec<u32>>,
+        ends: BTreeMap<u64, FinishReason>,
+        begun: BTreeMap<u64, u32>,
+    }
+
+    impl Outcome {
+        fn take(&mut self, output: StepOutput) {
+            for begun in output.begun {
+                assert!(!self.ids.contains_key(&begun.key), "begun comes before the first token");
+                assert!(self.begun.insert(begun.key, begun.cached_tokens).is_none());
+            }
+            for token in output.tokens {
+                let ids = self.ids.entry(token.key).or_default();
+                ids.push(token.id);
+                assert!(!self.ends.contains_key(&token.key), "nothing comes after the end");
+            }
+            for end in output.ends {
+                assert!(self.ends.insert(end.key, end.finish).is_none(), "a sequence ends once");
+            }
+            assert!(output.failures.is_empty(), "{:?}", output.failures);
+        }
+    }
+
+    fn run(engine: &mut Engine) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut steps = 0;
+        while !engine.is_idle() {
+            outcome.take(engine.step());
+            steps += 1;
+            assert!(steps < 20_000, "every sequence ends: {:?}", engine.stats());
+        }
+        assert_eq!(engine.stats().kv_bytes_used, 0, "no block is held by an idle engine");
+        outcome
+    }
+
+    fn alone(request: &SequenceRequest) -> Vec<u32> {
+        let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+        engine.submit(request.clone()).unwrap();
+        run(&mut engine).ids.remove(&request.key).unwrap_or_default()
+    }
+
+    fn prompt(length: usize, seed: u32) -> Vec<u32> {
+        (0..length).map(|i| mix(seed, u32::try_from(i).unwrap()) % VOCAB).collect()
+    }
+
+    #[test]
+    fn a_sequence_ends_at_a_stop_id_at_its_length_or_at_the_context() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let full = alone(&request(1, prompt(5, 1), 20));
+        assert_eq!(full.len(), 20);
+        let stop_ids = vec![full[7]];
+        let first = full.iter().position(|id| *id == full[7]).unwrap();
+        engine.submit(SequenceRequest { stop_ids, ..request(1, prompt(5, 1), 20) }).unwrap();
+        engine.submit(request(2, prompt(390, 2), 1000)).unwrap();
+        engine.submit(request(3, prompt(5, 3), 0)).unwrap();
+        let outcome = run(&mut engine);
+        assert_eq!(outcome.ids[&1], full[..=first]);
+        assert_eq!(outcome.ids[&2].len(), 10, "prompt and generated fill the context");
+        assert_eq!(
+            outcome.ends,
+            BTreeMap::from([(1, FinishReason::Stop), (2, FinishReason::Length), (3, FinishReason::Length)])
+        );
+        assert!(!outcome.ids.contains_key(&3));
+    }
+
+    #[test]
+    fn what_can_not_be_computed_is_refused() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(4)).unwrap();
+        engine.submit(request(1, prompt(3, 0), 5)).unwrap();
+        let cases = [
+            (request(2, vec![], 5), SubmitError::EmptyPrompt),
+            (request(2, prompt(400, 0), 5), SubmitError::TooLong { tokens: 400, context: 400 }),
+            (request(2, vec![19], 5), SubmitError::UnknownToken { id: 19, vocab_size: VOCAB }),
+            (request(1, prompt(3, 0), 5), SubmitError::DuplicateKey { key: 1 }),
+            (
+                request(2, prompt(3, 0), 127),
+                SubmitError::OutOfMemory { tokens: 130, needed_bytes: 5 * 256, kv_bytes: 4 * 256 },
+            ),
+            (
+                SequenceRequest {
+                    sampling: Sampling { top_p: 2.0, ..Sampling::default() },
+                    ..request(2, prompt(3, 0), 5)
+                },
+                SubmitError::Sampling { parameter: "top_p", value: 2.0, expected: "it must be above 0, at most 1" },
+            ),
+        ];
+        for (request, expected) in cases {
+            assert_eq!(engine.submit(request), Err(expected));
+        }
+        // A token whose KV is never needed takes no room.
+        engine.submit(request(2, prompt(3, 0), 126)).unwrap();
+        assert_eq!(run(&mut engine).ids[&2].len(), 126);
+    }
+
+    #[test]
+    fn limits_of_zero_are_refused() {
+        for (zero, error) in [
+            (EngineLimits { context: 0, ..limits(4) }, "context"),
+            (EngineLimits { sequences_max: 0, ..limits(4) }, "sequences_max"),
+            (EngineLimits { prefill_tokens_per_step: 0, ..limits(4) }, "prefill_tokens_per_step"),
+        ] {
+            let found = Engine::new(Box::new(Hashes), zero).unwrap_err();
+            assert!(matches!(found, EngineError::Limits { limit } if limit == error));
+        }
+        let small = Engine::new(Box::new(Hashes), EngineLimits { kv_bytes: 255, ..limits(4) }).unwrap_err();
+        assert!(matches!(small, EngineError::KvTooSmall { kv_bytes: 255, block_bytes: 256 }));
+    }
+
+    #[test]
+    fn the_queue_is_bounded() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(4)).unwrap();
+        for key in 0..WAITING_MAX as u64 {
+            engine.submit(request(key, vec![1], 1)).unwrap();
+        }
+        let full = engine.submit(request(5000, vec![1], 1));
+        assert_eq!(full, Err(SubmitError::QueueFull { waiting: WAITING_MAX }));
+        assert_eq!(run(&mut engine).ends.len(), WAITING_MAX);
+    }
+
+    #[test]
+    fn an_aborted_sequence_ends_at_the_next_step_and_gives_its_blocks_back() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        for key in 0..8 {
+            engine.submit(request(key, prompt(40, 1), 100)).unwrap();
+        }
+        for _ in 0..4 {
+            engine.step();
+        }
+        assert_eq!((engine.stats().running, engine.stats().waiting), (6, 2));
+        engine.abort(0);
+        engine.abort(7);
+        engine.abort(99);
+        let output = engine.step();
+        let mut cancelled: Vec<_> = output.ends.iter().map(|end| (end.key, end.finish)).collect();
+        cancelled.sort_by_key(|(key, _)| *key);
+        assert_eq!(cancelled, [(0, FinishReason::Cancelled), (7, FinishReason::Cancelled)]);
+        assert!(output.tokens.iter().all(|token| token.key != 0));
+        (1..7).for_each(|key| engine.abort(key));
+        assert_eq!(engine.step().ends.len(), 6);
+        assert!(engine.is_idle());
+        assert_eq!(engine.stats().kv_bytes_used, 0);
+        assert!(engine.step().is_empty());
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_fail_their_sequence_only_once() {
+        let mut engine = Engine::new(Box::new(Broken), limits(8)).unwrap();
+        engine.submit(request(3, prompt(4, 0), 9)).unwrap();
+        let output = engine.step();
+        assert_eq!(output.failures.len(), 1);
+        assert!(output.failures[0].message.contains("not a finite number"), "{:?}", output.failures);
+        assert!(output.tokens.is_empty() && output.ends.is_empty());
+        assert!(engine.is_idle());
+    }
+
+    #[test]
+    fn a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_advances() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        engine.submit(request(1, prompt(390, 1), 2)).unwrap();
+        engine.step();
+        for key in 2..30 {
+            engine.submit(request(key, prompt(20, u32::try_from(key).unwrap()), 3)).unwrap();
+        }
+        let mut first = BTreeMap::new();
+        for step in 0.. {
+            if engine.is_idle() {
+                break;
+            }
+            for begun in engine.step().begun {
+                first.insert(begun.key, step);
+            }
+        }
+        assert_eq!(first[&2], 0, "its 20 tokens fit beside the long prompt's half");
+        // The long one gets at least 24 of 48 tokens a step.
+        assert!(first[&1] <= 390 / 24, "{first:?}");
+    }
+
+    #[test]
+    fn answers_to_one_prompt_compute_it_once() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let text = prompt(200, 5);
+        for key in 0..4 {
+            engine.submit(request(key, text.clone(), 8)).unwrap();
+        }
+        let outcome = run(&mut engine);
+        // All full blocks but the last tokens, once; then each its own rest.
+        let shared = 200 / BLOCK_TOKENS * BLOCK_TOKENS;
+        assert_eq!(engine.stats().prefill_tokens, (200 + 3 * (200 - shared)) as u64);
+        assert_eq!(outcome.begun[&3], u32::try_from(shared).unwrap());
+        for key in 0..4 {
+            assert_eq!(outcome.ids[&key], alone(&request(key, text.clone(), 8)));
+        }
+        engine.submit(SequenceRequest { cache_salt: vec![1], ..request(9, text, 1) }).unwrap();
+        assert_eq!(run(&mut engine).begun[&9], 0, "another salt shares nothing");
+    }
+
+    #[test]
+    fn a_resumed_sequence_goes_on_as_it_would_have() {
+        let penalised = SequenceRequest {
+            sampling: Sampling {
+                seed: 4,
+                frequency_penalty: 0.4,
+                repetition_penalty: 1.3,
+                top_p: 0.9,
+                ..Sampling::default()
+            },
+            ..request(1, prompt(50, 3), 40)
+        };
+        let full = alone(&penalised);
+        for from in 0..=40 {
+            let resumed = SequenceRequest { generated: full[..from].to_vec(), ..penalised.clone() };
+            let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+            engine.submit(resumed).unwrap();
+            let mut positions = Vec::new();
+            let mut ids = Vec::new();
+            while !engine.is_idle() {
+                for token in engine.step().tokens {
+                    positions.push(token.position as usize);
+                    ids.push(token.id);
+                }
+            }
+            assert_eq!(ids, full[from..]);
+            assert_eq!(positions, (from..40).collect::<Vec<_>>());
+        }
+        let over = SequenceRequest { stop_ids: vec![7], generated: vec![3, 7], ..penalised };
+        let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+        engine.submit(over).unwrap();
+        assert_eq!(engine.step().ends, [End { key: 1, finish: FinishReason::Stop }]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+
+        /// Whatever the memory, the chunks, the arrivals and the aborts: each sequence brings what it brings alone.
+        #[test]
+        fn every_schedule_brings_the_same_ids(
+            blocks in 14_u64..40,
+            prefill_tokens_per_step in 1_u32..100,
+            sequences_max in 1_u32..8,
+            shapes in prop::collection::vec((1_usize..150, 0_u32..3, 0_u32..60, 0_usize..30, 0_u8..10), 1..14),
+        ) {
+            let limits = EngineLimits { prefill_tokens_per_step, sequences_max, ..limits(blocks) };
+            let mut engine = Engine::new(Box::new(Hashes), limits).unwrap();
+            let mut outcome = Outcome::default();
+            let mut requests = Vec::new();
+            for (key, (length, seed, tokens_max, pause, abort)) in (0..).zip(shapes) {
+                // Few beginnings, so that prefixes are shared.
+                let request = request(key, prompt(length, seed), tokens_max);
+                engine.submit(request.clone()).unwrap();
+                requests.push(request);
+                for _ in 0..pause {
+                    outcome.take(engine.step());
+                }
+                if abort == 0 {
+                    engine.abort(key / 2);
+                }
+            }
+            let mut steps = 0;
+            while !engine.is_idle() {
+                outcome.take(engine.step());
+                steps += 1;
+                prop_assert!(steps < 20_000, "every sequence ends: {:?}", engine.stats());
+            }
+            prop_assert_eq!(engine.stats().kv_bytes_used, 0);
+            for request in requests {
+                let expected = alone(&request);
+                let ids = outcome.ids.remove(&request.key).unwrap_or_default();
+                if outcome.ends[&request.key] == FinishReason::Cancelled {
+                    prop_assert!(expected.starts_with(&ids));
+                } else {
+                    prop_assert_eq!(ids, expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sequences_that_do_not_fit_together_are_preempted_and_all_end() {
+        let mut engine = Engine::new(Box::new(Hashes), limits(14)).unwrap();
+        let requests: Vec<_> = (0..6).map(|key| request(key, prompt(40, u32::try_from(key).unwrap()), 300)).collect();
+        for request in &requests {
+            engine.submit(request.clone()).unwrap();
+        }
+        let outcome = run(&mut engine);
+        assert!(engine.stats().preemptions > 0, "{:?}", engine.stats());
+        for request in &requests {
+            assert_eq!(outcome.ids[&request.key], alone(request));
+        }
+    }
+}
