@@ -112,6 +112,8 @@ pub trait Status: Send + Sync + 'static {
 // === impl SeatHold ===
 
 impl SeatHold {
+    /// Shares a seat's permit.
+    #[must_use]
     pub fn new(permit: Box<dyn Any + Send>) -> Self {
         Self { _permit: Arc::new(Mutex::new(permit)) }
     }

@@ -35,7 +35,8 @@ use crate::{
 /// Headers of a request, and bytes of its head.
 const HEADERS_MAX: usize = 100;
 const HEAD_BYTES_MAX: usize = 64 << 10;
-/// After the running streams were told to end: how long their last events may take to be sent.
+/// After the running streams were told to end: how long their last events may take to be sent. Also how long a
+/// connection that comes during the shutdown has for its request.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Pause after `accept` failed for want of file descriptors or memory, which only time mends.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -163,16 +164,20 @@ async fn serve_connection(socket: TcpStream, ends: Ends, router: Router, gateway
         async move { Ok::<_, Infallible>(answer.await.unwrap_or_else(|never| match never {})) }
     });
     let io = TokioIo::new(StallGuard::new(socket, gateway.config.write_timeout));
+    // One that comes while the server drains gets its 503, soon, and no second request.
+    let draining = gateway.draining.is_cancelled();
+    let head_timeout = if draining { LAST_WORDS } else { gateway.config.head_timeout };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(gateway.config.head_timeout)
+        .header_read_timeout(head_timeout)
+        .keep_alive(!draining)
         .max_headers(HEADERS_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = &mut connection => result,
-        () = gateway.draining.cancelled() => {
+        () = gateway.draining.cancelled(), if !draining => {
             // Idle connections close now, the others after their answer.
             connection.as_mut().graceful_shutdown();
             connection.await

@@ -60,10 +60,6 @@ impl Access {
         self.0.lock().received
     }
 
-    pub(crate) fn client(&self) -> Option<ClientId> {
-        self.0.lock().client.clone()
-    }
-
     pub(crate) fn set_client(&self, client: ClientId) {
         self.0.lock().client = Some(client);
     }

@@ -1,6 +1,5 @@
 //! `/v1/completions`.
 
-
 use super::{
     Api, GenerateRequest, Prompt,
     fields::{Fields, Kind, array, kind, string},
