@@ -219,13 +219,14 @@ impl Manifest {
     /// Bytes of all weight files.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
-        self.files.iter().map(|f| f.identity.len).sum()
+        self.files.iter().fold(0, |sum, f| sum.saturating_add(f.identity.len))
     }
 
     /// Bytes that its chunks take in a pool of chunks of `chunk_bytes`.
     #[must_use]
     pub fn pool_bytes(&self, chunk_bytes: u64) -> u64 {
-        self.files.iter().map(|f| f.identity.len.div_ceil(chunk_bytes) * chunk_bytes).sum()
+        let rounded = |len: u64| len.div_ceil(chunk_bytes).saturating_mul(chunk_bytes);
+        self.files.iter().fold(0, |sum, f| sum.saturating_add(rounded(f.identity.len)))
     }
 
     /// The path of a weight file of a model whose directory is `dir`.

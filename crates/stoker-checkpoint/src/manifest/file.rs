@@ -375,7 +375,12 @@ impl<'de> Visitor<'de> for SummarySeed<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let parts = self.0;
         while !parts.is_complete() {
-            let Some(key) = map.next_key::<std::borrow::Cow<'de, str>>()? else { break };
+            let Some(key) = map.next_key::<std::borrow::Cow<'de, str>>()? else {
+                // What is absent is null.
+                parts.config.get_or_insert(None);
+                parts.refusal.get_or_insert(None);
+                break;
+            };
             match &*key {
                 "version" => parts.version = Some(map.next_value()?),
                 "source" => parts.source = Some(map.next_value()?),

@@ -11,31 +11,7 @@ use stoker_checkpoint::{
 };
 use stoker_types::DType;
 
-fn source() -> Source {
-    Source { uri: "test".to_owned(), revision: None }
-}
-
-fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data").join(name)
-}
-
-/// The default model's GGUF: `STOKER_TEST_GGUF` names it (`scripts/test` downloads it).
-fn smollm2() -> Option<PathBuf> {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "tests are told where fixtures are by the script that fetched them"
-    )]
-    let var = |name| std::env::var(name).ok();
-    let path = var("STOKER_TEST_GGUF").map(PathBuf::from);
-    if path.is_none() {
-        assert!(
-            var("STOKER_TEST_ALLOW_SKIP").is_some(),
-            "STOKER_TEST_GGUF must name SmolLM2-135M-Instruct.Q4_1.gguf; STOKER_TEST_ALLOW_SKIP=1 goes on without"
-        );
-        println!("skipped: STOKER_TEST_GGUF is not set");
-    }
-    path
-}
+use crate::common::{data, smollm2, source};
 
 fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
