@@ -223,8 +223,6 @@ impl Estimator {
         let init_prior = self.priors.init.as_secs_f64();
         let (init, basis) = known(own.init.or(self.shared.init), init_prior, now);
         let init_at_least = if basis == Basis::Stale { init.min(init_prior) } else { init };
-        let (per_pass, _) = known(own.prefill.or(self.shared.prefill), self.priors.prefill_ps * 1e-12, now);
-        let prefill = per_pass * f64::from(need.prompt_tokens) * to_f64(need.weight_bytes.bytes());
         StartEstimate {
             room,
             // Loads that only map have nothing to queue for.
@@ -232,12 +230,21 @@ impl Estimator {
             ahead: if need.ssd_bytes > ByteSize::ZERO { ahead.loads } else { 0 },
             copies,
             init: seconds(init),
-            prefill: seconds(prefill),
+            prefill: self.prefill(need.model, need.weight_bytes, need.prompt_tokens),
             ready_at_least: room
                 .saturating_add(if need.ssd_bytes > ByteSize::ZERO { queue_at_least } else { Duration::ZERO })
                 .saturating_add(copy_at_least)
                 .saturating_add(seconds(init_at_least)),
         }
+    }
+
+    /// How long the forward pass of a prompt of `tokens` takes.
+    #[must_use]
+    pub fn prefill(&self, model: &ModelName, weight_bytes: ByteSize, tokens: u32) -> Duration {
+        let own = self.models.get(model).and_then(|rates| rates.prefill);
+        let measured = own.or(self.shared.prefill).map(|robust| robust.value());
+        let per_pass = measured.unwrap_or(self.priors.prefill_ps * 1e-12);
+        seconds(per_pass * f64::from(tokens) * to_f64(weight_bytes.bytes()))
     }
 
     fn observe(

@@ -1,0 +1,51 @@
+//! The controller's settings.
+
+use std::time::Duration;
+
+use stoker_scheduler::{
+    estimate::Priors,
+    residency::{Budgets, Rules},
+    sizing::SizingRules,
+};
+use stoker_types::QueueLimits;
+
+/// Everything that may be set.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Memory and workers. The DRAM budget follows what the node's snapshots say.
+    pub budgets: Budgets,
+    /// Judgements about thrash and waiting.
+    pub rules: Rules,
+    /// Judgements about KV cache.
+    pub sizing: SizingRules,
+    /// Bounds on what waits.
+    pub queue: QueueLimits,
+    /// What is assumed before anything was measured.
+    pub priors: Priors,
+    /// After a failed start, its model's requests are refused with the same failure for so long...
+    pub backoff_min: Duration,
+    /// ...twice as long after each further failure, up to this.
+    pub backoff_max: Duration,
+    /// After a worker said that it is busy although no seat is taken, it is asked again after this.
+    pub busy_retry: Duration,
+    /// Decisions remembered for `explain`.
+    pub records_max: usize,
+}
+
+impl Config {
+    /// The defaults, for these budgets.
+    #[must_use]
+    pub fn new(budgets: Budgets) -> Self {
+        Self {
+            budgets,
+            rules: Rules::default(),
+            sizing: SizingRules::default(),
+            queue: QueueLimits::default(),
+            priors: Priors::default(),
+            backoff_min: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(30),
+            busy_retry: Duration::from_millis(100),
+            records_max: 256,
+        }
+    }
+}

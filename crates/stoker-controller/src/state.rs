@@ -1,0 +1,393 @@
+//! All that the controller knows, under one lock that is never held across an await. Times are durations since the
+//! controller began.
+//!
+//! - [`queue`]: requests in, seats out and back.
+//! - [`life`]: decisions, and what became of instances.
+//! - [`outlook`]: how long a request would have to wait.
+
+mod life;
+mod outlook;
+mod queue;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    path::PathBuf,
+    time::Duration,
+};
+
+use stoker_scheduler::{
+    Robust,
+    estimate::{Estimator, StartEstimate},
+    residency::{Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, StopReason, View},
+    sizing::{Sizing, TooLarge, size},
+};
+use stoker_types::{
+    ByteSize, ClientId, Generation, InstanceId, KeepAlive, ModelFacts, ModelName, NodeSnapshot, SeatInfo,
+    StartFailure, StartOrder, StopMode, Timeline, WorkerId,
+};
+use tokio::sync::{oneshot, watch};
+
+use crate::{
+    config::Config,
+    report::{DecisionRecord, Event, InstanceStatus, Status},
+};
+
+pub(crate) use queue::Reply;
+
+/// The state. See the module's documentation.
+pub(crate) struct State {
+    pub(crate) config: Config,
+    pub(crate) estimator: Estimator,
+    /// Models that were ever asked for; a [`ModelKey`] is a position here. Bounded by the models that there are.
+    pub(crate) models: Vec<Model>,
+    keys: HashMap<ModelName, ModelKey>,
+    pub(crate) instances: BTreeMap<InstanceId, Instance>,
+    /// Models with demand.
+    active: BTreeSet<ModelKey>,
+    waiting: usize,
+    waiting_by_client: HashMap<ClientId, usize>,
+    pub(crate) seats_taken: u32,
+    /// Bytes of each model that are in DRAM, as of the last snapshot.
+    residency: HashMap<ModelName, ByteSize>,
+    /// When the owner will look again by itself.
+    pub(crate) wakeup: Option<Duration>,
+    pub(crate) shutting_down: bool,
+    records: VecDeque<DecisionRecord>,
+    orders: Vec<Order>,
+    instance_next: u64,
+    generation_next: u64,
+    waiter_next: u64,
+    /// Something changed that admin calls wait for.
+    pub(crate) changed: watch::Sender<()>,
+}
+
+/// One model.
+pub(crate) struct Model {
+    pub(crate) facts: ModelFacts,
+    pub(crate) sizing: Result<Sizing, TooLarge>,
+    queue: VecDeque<Waiter>,
+    waiting_sequences: u32,
+    pub(crate) instances: Vec<InstanceId>,
+    /// Uses, decayed, as of `used_at`.
+    uses: f64,
+    used_at: Duration,
+    /// Set by a request.
+    keep_alive: Option<KeepAlive>,
+    /// Set by the operator.
+    pub(crate) pin: Option<bool>,
+    pub(crate) wanted: Option<Wanted>,
+    /// The current demand's start failed once already, in a way that may pass.
+    retried: bool,
+    pub(crate) failed: Option<Failed>,
+    /// Seconds for which a seat is taken.
+    service: Option<Robust>,
+}
+
+/// A request in its model's queue.
+struct Waiter {
+    id: u64,
+    client: ClientId,
+    sequences: u32,
+    prompt_tokens: u32,
+    keep_alive: Option<KeepAlive>,
+    since: Duration,
+    reply: oneshot::Sender<Reply>,
+}
+
+/// Somebody who isn't in the queue wants an instance: a preload, or a request that was refused because the start
+/// takes too long for it, and will come back.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) since: Duration,
+    pub(crate) until: Option<Duration>,
+    pub(crate) evicts: bool,
+}
+
+/// The last start failed.
+pub(crate) struct Failed {
+    pub(crate) failure: StartFailure,
+    pub(crate) at: Duration,
+    until: Duration,
+    count: u32,
+}
+
+/// One instance.
+pub(crate) struct Instance {
+    pub(crate) model: ModelKey,
+    pub(crate) state: InstanceState,
+    pub(crate) sizing: Sizing,
+    generation: Generation,
+    socket: PathBuf,
+    worker: Option<WorkerId>,
+    pub(crate) in_flight: u32,
+    last_used: Duration,
+    decided_at: Duration,
+    ready_at: Duration,
+    load_time: Duration,
+    settled_at: Duration,
+    pub(crate) leaving: bool,
+    /// Its worker died before its start was reported.
+    lost: Option<String>,
+    estimate: StartEstimate,
+    timeline: Timeline,
+}
+
+/// Something for the owner to carry out.
+#[derive(Debug, Clone)]
+pub(crate) enum Order {
+    Start(StartOrder),
+    Stop(InstanceId, StopMode),
+}
+
+/// A seat that was taken.
+pub(crate) struct Grant {
+    pub(crate) info: SeatInfo,
+    pub(crate) sequences: u32,
+    pub(crate) at: Duration,
+}
+
+// === impl State ===
+
+impl State {
+    pub(crate) fn new(config: Config) -> Self {
+        Self {
+            estimator: Estimator::new(config.priors),
+            config,
+            models: Vec::new(),
+            keys: HashMap::new(),
+            instances: BTreeMap::new(),
+            active: BTreeSet::new(),
+            waiting: 0,
+            waiting_by_client: HashMap::new(),
+            seats_taken: 0,
+            residency: HashMap::new(),
+            wakeup: None,
+            shutting_down: false,
+            records: VecDeque::with_capacity(config.records_max),
+            orders: Vec::new(),
+            instance_next: 1,
+            generation_next: 1,
+            waiter_next: 0,
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    pub(crate) fn key(&self, model: &ModelName) -> Option<ModelKey> {
+        self.keys.get(model).copied()
+    }
+
+    pub(crate) fn model(&self, key: ModelKey) -> &Model {
+        &self.models[key.0 as usize]
+    }
+
+    pub(crate) fn model_mut(&mut self, key: ModelKey) -> &mut Model {
+        &mut self.models[key.0 as usize]
+    }
+
+    /// Enters a model, or renews what is known of it.
+    pub(crate) fn know(&mut self, facts: ModelFacts) -> ModelKey {
+        let sizing = size(&facts, &self.config.budgets, &self.config.sizing);
+        if let Some(key) = self.key(&facts.model) {
+            let model = self.model_mut(key);
+            model.facts = facts;
+            model.sizing = sizing;
+            return key;
+        }
+        let key = ModelKey(u32::try_from(self.models.len()).unwrap_or(u32::MAX));
+        self.keys.insert(facts.model.clone(), key);
+        self.models.push(Model {
+            facts,
+            sizing,
+            queue: VecDeque::new(),
+            waiting_sequences: 0,
+            instances: Vec::new(),
+            uses: 0.0,
+            used_at: Duration::ZERO,
+            keep_alive: None,
+            pin: None,
+            wanted: None,
+            retried: false,
+            failed: None,
+            service: None,
+        });
+        key
+    }
+
+    pub(crate) fn take_orders(&mut self) -> Vec<Order> {
+        std::mem::take(&mut self.orders)
+    }
+
+    /// Takes over what the node says of its memory.
+    pub(crate) fn observe(&mut self, snapshot: &NodeSnapshot) {
+        if snapshot.dram_budget != self.config.budgets.dram {
+            self.config.budgets.dram = snapshot.dram_budget;
+            let (budgets, rules) = (self.config.budgets, self.config.sizing);
+            for model in &mut self.models {
+                model.sizing = size(&model.facts, &budgets, &rules);
+            }
+        }
+        self.residency = snapshot.residency.iter().cloned().collect();
+    }
+
+    pub(crate) fn record(&mut self, instance: InstanceId, model: ModelKey, event: Event, terms: String, at: Duration) {
+        let model = self.model(model).facts.model.clone();
+        tracing::debug!(%model, %instance, ?event, terms, "decided");
+        if self.config.records_max == 0 {
+            return;
+        }
+        if self.records.len() >= self.config.records_max {
+            self.records.pop_front();
+        }
+        self.records.push_back(DecisionRecord { at, instance, model, event, terms });
+    }
+
+    pub(crate) fn records_of(&self, model: &ModelName) -> Vec<DecisionRecord> {
+        self.records.iter().filter(|r| r.model == *model).cloned().collect()
+    }
+
+    /// Marks a model as having demand or not.
+    pub(crate) fn mark(&mut self, key: ModelKey) {
+        let model = self.model(key);
+        if model.queue.is_empty() && model.wanted.is_none() {
+            self.active.remove(&key);
+        } else {
+            self.active.insert(key);
+        }
+    }
+
+    fn instance_views(&self) -> Vec<InstanceView> {
+        self.instances.iter().map(|(id, instance)| self.instance_view(*id, instance)).collect()
+    }
+
+    fn instance_view(&self, id: InstanceId, instance: &Instance) -> InstanceView {
+        let model = self.model(instance.model);
+        InstanceView {
+            id,
+            model: instance.model,
+            state: instance.state,
+            pool_bytes: instance.sizing.pool_bytes,
+            kv_bytes: instance.sizing.kv_bytes,
+            sequences: instance.sizing.sequences,
+            in_flight: instance.in_flight,
+            last_used: instance.last_used,
+            ready_at: instance.ready_at,
+            load_time: instance.load_time,
+            uses: self.config.rules.decayed(model.uses, instance.last_used.saturating_sub(model.used_at)),
+            keep_alive: model.keep_alive(),
+            pinned: model.pinned(),
+            priority: model.facts.settings.priority,
+            settled_at: instance.settled_at,
+            leaving: instance.leaving,
+        }
+    }
+
+    /// The demand of a model; `None` when it has none or can't be satisfied here.
+    fn demand(&self, key: ModelKey) -> Option<DemandView> {
+        let model = self.model(key);
+        let sizing = model.sizing.as_ref().ok()?;
+        let (waiting, oldest_since, evicts) = match (model.queue.front(), model.wanted) {
+            (Some(first), _) => (model.waiting_sequences, first.since, true),
+            (None, Some(wanted)) => (1, wanted.since, wanted.evicts),
+            (None, None) => return None,
+        };
+        Some(DemandView {
+            model: key,
+            waiting,
+            oldest_since,
+            priority: model.facts.settings.priority,
+            need: Need { pool_bytes: sizing.pool_bytes, kv_bytes: sizing.kv_bytes },
+            instances_max: model.facts.settings.instances_max.max(1),
+            evicts,
+        })
+    }
+
+    fn view<'a>(&self, instances: &'a [InstanceView], demands: &'a [DemandView]) -> View<'a> {
+        View { budgets: self.config.budgets, instances, demands }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        let mut weights: BTreeMap<ModelKey, ByteSize> = BTreeMap::new();
+        for instance in self.instances.values() {
+            weights.insert(instance.model, instance.sizing.pool_bytes);
+        }
+        let Budgets { dram, kv, slots } = self.config.budgets;
+        Status {
+            waiting: self.waiting,
+            in_flight: self.seats_taken,
+            dram_used: weights.into_values().sum(),
+            dram_budget: dram,
+            kv_used: self.instances.values().map(|i| i.sizing.kv_bytes).sum(),
+            kv_budget: kv,
+            instances: u32::try_from(self.instances.len()).unwrap_or(u32::MAX),
+            slots,
+            shutting_down: self.shutting_down,
+        }
+    }
+
+    pub(crate) fn instance_status(&self, id: InstanceId, instance: &Instance, now: Duration) -> InstanceStatus {
+        let model = self.model(instance.model);
+        let (keep_alive, pinned) = (model.keep_alive(), model.pinned());
+        let ready = matches!(instance.state, InstanceState::Ready | InstanceState::Draining);
+        let idle = (ready && instance.in_flight == 0).then(|| now.saturating_sub(instance.last_used));
+        let expires_in = match keep_alive {
+            KeepAlive::For(time) if !pinned => idle.map(|idle| time.saturating_sub(idle)),
+            KeepAlive::For(_) | KeepAlive::Forever => None,
+        };
+        InstanceStatus {
+            instance: id,
+            model: model.facts.model.clone(),
+            state: match instance.state {
+                InstanceState::Starting => "starting",
+                InstanceState::Ready => "ready",
+                InstanceState::Draining => "draining",
+                InstanceState::Stopping => "stopping",
+            },
+            worker: instance.worker,
+            context: instance.sizing.context,
+            sequences: instance.sizing.sequences,
+            in_flight: instance.in_flight,
+            pool_bytes: instance.sizing.pool_bytes,
+            kv_bytes: instance.sizing.kv_bytes,
+            pinned,
+            keep_alive,
+            idle,
+            expires_in,
+            load_time: match instance.state {
+                InstanceState::Starting => now.saturating_sub(instance.decided_at),
+                _ => instance.load_time,
+            },
+            timeline: instance.timeline.clone(),
+        }
+    }
+}
+
+// === impl Model ===
+
+impl Model {
+    pub(crate) fn keep_alive(&self) -> KeepAlive {
+        self.keep_alive.unwrap_or(self.facts.settings.keep_alive)
+    }
+
+    pub(crate) fn pinned(&self) -> bool {
+        self.pin.unwrap_or(self.facts.settings.pin)
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub(crate) fn oldest_since(&self) -> Option<Duration> {
+        self.queue.front().map(|waiter| waiter.since)
+    }
+}
+
+/// Why an instance stops, in words.
+fn reason_in_words(reason: StopReason, models: &[Model]) -> String {
+    match reason {
+        StopReason::KeepAlive => "idle for its keep_alive".into(),
+        StopReason::Room { for_model } => {
+            format!("room for `{}`", models[for_model.0 as usize].facts.model)
+        }
+        StopReason::Unload => "unloaded by the operator".into(),
+    }
+}

@@ -1,0 +1,315 @@
+//! A node that starts nothing, takes virtual time, and checks every order.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use stoker_controller::{Budgets, Config, ControllerHandle, Facts, NodeApi, Seat, spawn};
+use stoker_types::{
+    Admit, ByteSize, ClientId, InstanceId, KeepAlive, ModelFacts, ModelName, ModelSettings, NodeEvent,
+    NodeSnapshot, Phase, Refusal, RequestId, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier,
+    TierBytes, Timeline, WorkerId, WorkerState, WorkerStatus,
+};
+use tokio::{sync::broadcast, time::sleep};
+
+pub struct FakeNode {
+    pub budgets: Budgets,
+    inner: Mutex<Inner>,
+    events: broadcast::Sender<NodeEvent>,
+    facts: Arc<FakeFacts>,
+}
+
+#[derive(Default)]
+struct Inner {
+    live: BTreeMap<InstanceId, StartOrder>,
+    ready: BTreeMap<InstanceId, WorkerId>,
+    in_use: BTreeMap<InstanceId, u32>,
+    load: BTreeMap<ModelName, Duration>,
+    failures: BTreeMap<ModelName, VecDeque<StartFailure>>,
+    busy_answers: u32,
+    starts: Vec<ModelName>,
+    stops: Vec<(ModelName, StopMode)>,
+}
+
+#[derive(Default)]
+pub struct FakeFacts {
+    models: Mutex<BTreeMap<ModelName, ModelFacts>>,
+}
+
+/// A controller over a fake node.
+pub struct Rig {
+    pub node: Arc<FakeNode>,
+    pub facts: Arc<FakeFacts>,
+    pub handle: ControllerHandle,
+}
+
+pub fn name(text: &str) -> ModelName {
+    ModelName::new(text).unwrap()
+}
+
+pub fn model(text: &str, pool: u64) -> ModelFacts {
+    ModelFacts {
+        model: name(text),
+        settings: ModelSettings { concurrency: 4, ..ModelSettings::default() },
+        weight_bytes: ByteSize::mib(pool),
+        pool_bytes: ByteSize::mib(pool),
+        kv_bytes_per_token: ByteSize::kib(1),
+        context_trained: 1024,
+    }
+}
+
+pub fn admit(model: &str) -> Admit {
+    Admit {
+        model: name(model),
+        request: RequestId("r".into()),
+        client: ClientId("c".into()),
+        sequences: 1,
+        prompt_tokens: 10,
+        wait_max: Duration::from_secs(120),
+        keep_alive: None,
+    }
+}
+
+// === impl Rig ===
+
+impl Rig {
+    /// `dram` MiB of weights, 8 MiB of KV cache (four instances of 2 x 1,024 tokens), four workers.
+    pub fn new(dram: u64, models: Vec<ModelFacts>) -> Self {
+        Self::with(dram, models, |_| {})
+    }
+
+    pub fn with(dram: u64, models: Vec<ModelFacts>, change: impl FnOnce(&mut Config)) -> Self {
+        let budgets = Budgets { dram: ByteSize::mib(dram), kv: ByteSize::mib(8), slots: 4 };
+        let mut config = Config::new(budgets);
+        change(&mut config);
+        let facts = Arc::new(FakeFacts::default());
+        for model in models {
+            facts.models.lock().insert(model.model.clone(), model);
+        }
+        let node = Arc::new(FakeNode {
+            budgets: config.budgets,
+            inner: Mutex::default(),
+            events: broadcast::Sender::new(64),
+            facts: Arc::clone(&facts),
+        });
+        let (handle, _owner) =
+            spawn(config, Arc::clone(&node) as Arc<dyn NodeApi>, Arc::clone(&facts) as Arc<dyn Facts>);
+        Self { node, facts, handle }
+    }
+
+    pub async fn admit(&self, model: &str) -> Result<Used, Refusal> {
+        self.admit_as(admit(model)).await
+    }
+
+    pub async fn admit_as(&self, admit: Admit) -> Result<Used, Refusal> {
+        let seat = self.handle.admit(admit).await?;
+        Ok(Used::new(Arc::clone(&self.node), seat))
+    }
+
+    /// Takes a seat and gives it back at once.
+    pub async fn touch(&self, model: &str) {
+        drop(self.admit(model).await.unwrap());
+    }
+
+    pub fn states(&self) -> Vec<(String, &'static str)> {
+        self.handle.instances().into_iter().map(|i| (i.model.to_string(), i.state)).collect()
+    }
+
+    /// Lets everything that is ready to run, run.
+    pub async fn turn(&self) {
+        sleep(Duration::from_micros(1)).await;
+    }
+}
+
+/// A seat in use: the fake node knows of it, and complains when its instance is stopped.
+pub struct Used {
+    node: Arc<FakeNode>,
+    pub seat: Option<Seat>,
+}
+
+impl Used {
+    fn new(node: Arc<FakeNode>, seat: Seat) -> Self {
+        *node.inner.lock().in_use.entry(seat.info.instance).or_default() += 1;
+        Self { node, seat: Some(seat) }
+    }
+
+    pub fn instance(&self) -> InstanceId {
+        self.seat.as_ref().unwrap().info.instance
+    }
+}
+
+impl Drop for Used {
+    fn drop(&mut self) {
+        let id = self.instance();
+        *self.node.inner.lock().in_use.get_mut(&id).unwrap() -= 1;
+        drop(self.seat.take());
+    }
+}
+
+// === impl FakeNode ===
+
+impl FakeNode {
+    pub fn set_load(&self, model: &str, time: Duration) {
+        self.inner.lock().load.insert(name(model), time);
+    }
+
+    pub fn fail_next(&self, model: &str, failure: StartFailure) {
+        self.inner.lock().failures.entry(name(model)).or_default().push_back(failure);
+    }
+
+    pub fn answer_busy(&self, times: u32) {
+        self.inner.lock().busy_answers = times;
+    }
+
+    pub fn starts(&self) -> Vec<String> {
+        self.inner.lock().starts.iter().map(ToString::to_string).collect()
+    }
+
+    pub fn stops(&self) -> Vec<(String, StopMode)> {
+        self.inner.lock().stops.iter().map(|(model, mode)| (model.to_string(), *mode)).collect()
+    }
+
+    pub fn live(&self) -> usize {
+        self.inner.lock().live.len()
+    }
+
+    pub fn ready(&self) -> Vec<InstanceId> {
+        self.inner.lock().ready.keys().copied().collect()
+    }
+
+    /// Kills an instance's worker. False when it isn't ready.
+    pub fn kill(&self, instance: InstanceId, tell: bool) -> bool {
+        let worker = {
+            let mut inner = self.inner.lock();
+            inner.live.remove(&instance);
+            inner.ready.remove(&instance)
+        };
+        let Some(worker) = worker else { return false };
+        if tell {
+            let _ = self.events.send(NodeEvent::WorkerLost {
+                worker,
+                instance: Some(instance),
+                reason: "signal 9".into(),
+                last_lines: vec!["so long".into()],
+            });
+        }
+        true
+    }
+
+    pub fn say(&self, event: NodeEvent) {
+        let _ = self.events.send(event);
+    }
+
+    fn check_budgets(&self, inner: &Inner) {
+        let mut weights: BTreeMap<&ModelName, ByteSize> = BTreeMap::new();
+        for order in inner.live.values() {
+            weights.insert(&order.model, self.facts.facts(&order.model).unwrap().pool_bytes);
+        }
+        assert!(weights.into_values().sum::<ByteSize>() <= self.budgets.dram, "DRAM overcommitted");
+        let kv: ByteSize = inner.live.values().map(|order| order.kv_bytes).sum();
+        assert!(kv <= self.budgets.kv, "KV overcommitted");
+        assert!(inner.live.len() <= self.budgets.slots as usize, "more instances than workers");
+    }
+}
+
+#[async_trait]
+impl NodeApi for FakeNode {
+    async fn start(&self, order: StartOrder) -> Result<Started, StartFailure> {
+        let (load, failure) = {
+            let mut inner = self.inner.lock();
+            inner.live.insert(order.instance, order.clone());
+            self.check_budgets(&inner);
+            inner.starts.push(order.model.clone());
+            let load = inner.load.get(&order.model).copied().unwrap_or(Duration::from_millis(100));
+            (load, inner.failures.get_mut(&order.model).and_then(VecDeque::pop_front))
+        };
+        sleep(load).await;
+        let mut inner = self.inner.lock();
+        if let Some(failure) = failure {
+            inner.live.remove(&order.instance);
+            return Err(failure);
+        }
+        let worker = WorkerId(u32::try_from(order.instance.0).unwrap());
+        inner.ready.insert(order.instance, worker);
+        let mut timeline = Timeline::default();
+        timeline.record(Phase::SsdRead, None, load);
+        timeline.bytes.push(TierBytes {
+            tier: Tier::Ssd,
+            bytes: self.facts.facts(&order.model).unwrap().weight_bytes,
+        });
+        Ok(Started { worker, socket: format!("/w/{}", worker.0).into(), timeline })
+    }
+
+    async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<(), StopFailure> {
+        sleep(Duration::from_millis(2)).await;
+        let mut inner = self.inner.lock();
+        if !inner.ready.contains_key(&instance) {
+            assert!(!inner.live.contains_key(&instance), "a loading instance was reaped");
+            return Err(StopFailure::Unknown { instance });
+        }
+        if mode == StopMode::IfIdle {
+            let used = inner.in_use.get(&instance).copied().unwrap_or(0);
+            assert_eq!(used, 0, "a busy instance was told to stop");
+            if inner.busy_answers > 0 {
+                inner.busy_answers -= 1;
+                return Err(StopFailure::Busy { instance, sequences: 1 });
+            }
+        }
+        inner.ready.remove(&instance);
+        let order = inner.live.remove(&instance).unwrap();
+        inner.stops.push((order.model, mode));
+        Ok(())
+    }
+
+    async fn snapshot(&self) -> NodeSnapshot {
+        let inner = self.inner.lock();
+        NodeSnapshot {
+            dram_budget: self.budgets.dram,
+            dram_used: ByteSize::ZERO,
+            dram_mapped: ByteSize::ZERO,
+            residency: Vec::new(),
+            rates: Vec::new(),
+            workers: inner
+                .ready
+                .iter()
+                .map(|(instance, worker)| WorkerStatus {
+                    worker: *worker,
+                    pid: 1,
+                    state: WorkerState::Serving,
+                    instance: Some((*instance, inner.live[instance].model.clone())),
+                    private_bytes: ByteSize::ZERO,
+                })
+                .collect(),
+        }
+    }
+
+    fn events(&self) -> broadcast::Receiver<NodeEvent> {
+        self.events.subscribe()
+    }
+}
+
+// === impl FakeFacts ===
+
+impl FakeFacts {
+    pub fn change(&self, model: &str, change: impl FnOnce(&mut ModelFacts)) {
+        change(self.models.lock().get_mut(&name(model)).unwrap());
+    }
+}
+
+impl Facts for FakeFacts {
+    fn facts(&self, model: &ModelName) -> Option<ModelFacts> {
+        self.models.lock().get(model).cloned()
+    }
+
+    fn preloaded(&self) -> Vec<ModelName> {
+        self.models.lock().values().filter(|m| m.settings.preload).map(|m| m.model.clone()).collect()
+    }
+}
+
+pub fn keep(seconds: u64) -> KeepAlive {
+    KeepAlive::For(Duration::from_secs(seconds))
+}
