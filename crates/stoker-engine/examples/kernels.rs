@@ -148,7 +148,13 @@ fn smollm2(threads: &Threads) {
                         }
                     }
                 }
-                linear(threads, &head, None, &mut Activations::new(&x[..576], 1, 576, &mut scratch), &mut logits);
+                linear(
+                    threads,
+                    &head,
+                    None,
+                    &mut Activations::new(&x[..576], 1, 576, &mut scratch),
+                    &mut logits,
+                );
             });
             println!(
                 "SmolLM2-135M's matrices, {dtype}, m = {m}: {:.2} ms, {:.0} tokens/s",
@@ -161,9 +167,11 @@ fn smollm2(threads: &Threads) {
 
 /// 30 layers of attention of the 135M model.
 fn attention_rates(threads: &Threads) {
-    let shape = AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, block_size: 16, window: None, scale: 0.125 };
-    for (context, m) in [(128, 1), (128, 128), (2048, 1), (2048, 256)] {
-        let blocks: Vec<u32> = (0..context as u32 / 16).collect();
+    let shape =
+        AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, block_size: 16, window: None, scale: 0.125 };
+    for (context, m) in [(128_u32, 1_u32), (128, 128), (2048, 1), (2048, 256)] {
+        let blocks: Vec<u32> = (0..context / 16).collect();
+        let (context, m) = (context as usize, m as usize);
         let cache = vec![0.01; context * 3 * 64];
         let rows: Vec<AttentionRow<'_>> =
             (context - m..context).map(|position| AttentionRow { blocks: &blocks, position }).collect();

@@ -1,4 +1,9 @@
 //! The kernels' two promises: the right numbers, and the same bits whatever is computed beside them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test stops at the first surprise"
+)]
 
 use std::sync::Arc;
 
@@ -7,8 +12,8 @@ use stoker_checkpoint::dequant::dequantize;
 use stoker_engine::{
     Isa, Threads, Weight, WeightBytes,
     kernels::{
-        Activations, AttentionRow, AttentionShape, RopeAngles, Scratch, attention, embed, linear, rms_norm, rope,
-        silu_mul,
+        Activations, AttentionRow, AttentionShape, RopeAngles, Scratch, attention, embed, linear, rms_norm,
+        rope, silu_mul,
     },
 };
 use stoker_types::DType;
@@ -67,7 +72,9 @@ fn weight(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Weight
     let len = usize::try_from(dtype.bytes_of((rows * cols) as u64).unwrap()).unwrap();
     let mut bytes = vec![0u8; len + 1];
     match dtype {
-        DType::F32 => bytes[1..].as_chunks_mut::<4>().0.iter_mut().for_each(|b| *b = random.float().to_le_bytes()),
+        DType::F32 => {
+            bytes[1..].as_chunks_mut::<4>().0.iter_mut().for_each(|b| *b = random.float().to_le_bytes())
+        }
         DType::F16 => {
             let half = |v: f32| half::f16::from_f32(v).to_le_bytes();
             bytes[1..].as_chunks_mut::<2>().0.iter_mut().for_each(|b| *b = half(random.float()));
@@ -301,14 +308,21 @@ fn cache(shape: &AttentionShape, tokens: usize, seed: u64, order: u64) -> Cache 
     };
     let mut random = Random(seed);
     for position in 0..tokens {
-        let slot = cache.blocks[position / shape.block_size] as usize * shape.block_size + position % shape.block_size;
+        let slot = cache.blocks[position / shape.block_size] as usize * shape.block_size
+            + position % shape.block_size;
         cache.keys[slot * size..][..size].copy_from_slice(&random.floats(size));
         cache.values[slot * size..][..size].copy_from_slice(&random.floats(size));
     }
     cache
 }
 
-fn attend(threads: &Threads, shape: &AttentionShape, cache: &Cache, q: &[f32], positions: &[usize]) -> Vec<f32> {
+fn attend(
+    threads: &Threads,
+    shape: &AttentionShape,
+    cache: &Cache,
+    q: &[f32],
+    positions: &[usize],
+) -> Vec<f32> {
     let rows: Vec<AttentionRow<'_>> =
         positions.iter().map(|p| AttentionRow { blocks: &cache.blocks, position: *p }).collect();
     let mut out = vec![f32::NAN; q.len()];
@@ -320,8 +334,7 @@ fn attend(threads: &Threads, shape: &AttentionShape, cache: &Cache, q: &[f32], p
 fn attention_is_close_to_f64() {
     let threads = Threads::new(2).unwrap();
     for (window, head_dim) in [(None, 64), (Some(9), 64), (None, 80), (Some(1), 24)] {
-        let shape =
-            AttentionShape { heads: 6, kv_heads: 2, head_dim, block_size: 16, window, scale: 1.7 };
+        let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim, block_size: 16, window, scale: 1.7 };
         let cache = cache(&shape, 100, 7, 8);
         let positions = [0, 1, 15, 16, 17, 50, 99];
         let width = 6 * head_dim;
@@ -345,7 +358,10 @@ fn attention_is_close_to_f64() {
                         .map(|(w, p)| w / total * f64::from(cache.values[at(p) + dim]))
                         .sum();
                     let got = f64::from(out[row * width + head * head_dim + dim]);
-                    assert!((got - expected).abs() < 2e-6, "position {position} head {head}: {got} {expected}");
+                    assert!(
+                        (got - expected).abs() < 2e-6,
+                        "position {position} head {head}: {got} {expected}"
+                    );
                 }
             }
         }

@@ -145,7 +145,7 @@ versions! {
 }
 
 #[inline(always)]
-fn quantise_body(x: &[f32], out: Parts<'_>) {
+fn quantise_body<S>(_simd: S, x: &[f32], out: Parts<'_>) {
     let (blocks, _) = x.as_chunks::<X_BLOCK>();
     let (q_blocks, _) = out.q.as_chunks_mut::<X_BLOCK>();
     for (i, (x, q)) in blocks.iter().zip(q_blocks).enumerate() {

@@ -10,11 +10,14 @@ use std::cell::RefCell;
 
 use super::{
     isa::versions,
-    lanes::{FLanes, LANES},
     math::exp,
     share::Shared,
+    simd::{Float, LANES, Plain, Simd},
 };
 use crate::threads::Threads;
+
+/// Vectors of a value that are in registers at a time.
+const WIDE: usize = 4;
 
 /// Shapes of one layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -117,7 +120,8 @@ versions! {
 
 /// All query heads of one kv head of one row.
 #[inline(always)]
-fn head_body(
+fn head_body<S: Simd>(
+    simd: S,
     cache: &Cache<'_>,
     row: AttentionRow<'_>,
     kv_head: usize,
@@ -131,56 +135,104 @@ fn head_body(
     let heads = q.len() / head_dim;
     scratch.clear();
     scratch.resize(heads * count, 0.0);
-    for position in first..=row.position {
-        let key = &cache.keys[cache.at(row, position, kv_head)..][..head_dim];
-        for (head, q) in q.chunks_exact(head_dim).enumerate() {
-            scratch[head * count + position - first] = dot(q, key) * scale;
+    // Sixteen positions at a time: their sums are reduced together.
+    for start in (0..count).step_by(LANES) {
+        let positions = LANES.min(count - start);
+        let mut keys: [&[f32]; LANES] = [&[]; LANES];
+        for (i, key) in keys[..positions].iter_mut().enumerate() {
+            *key = &cache.keys[cache.at(row, first + start + i, kv_head)..][..head_dim];
         }
-    }
-    let mut sums = [0.0; 64];
-    assert!(heads <= sums.len(), "more than {} heads on one kv head", sums.len());
-    for (weights, sum) in scratch.chunks_exact_mut(count).zip(&mut sums) {
-        *sum = softmax(weights, first);
-    }
-    out.fill(0.0);
-    for position in first..=row.position {
-        let value = &cache.values[cache.at(row, position, kv_head)..][..head_dim];
-        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            let weight = scratch[head * count + position - first];
-            for (out, value) in out.iter_mut().zip(value) {
-                *out = weight.mul_add(*value, *out);
+        for (head, q) in q.chunks_exact(head_dim).enumerate() {
+            let mut acc = [simd.splat(0.0); LANES];
+            if positions == LANES {
+                for dim in (0..head_dim).step_by(LANES) {
+                    let q = simd.load_some(&q[dim..]);
+                    for i in 0..LANES {
+                        acc[i] = acc[i].fma(q, simd.load_some(&keys[i][dim..]));
+                    }
+                }
+            } else {
+                for (acc, key) in acc.iter_mut().zip(&keys[..positions]) {
+                    for dim in (0..head_dim).step_by(LANES) {
+                        *acc = acc.fma(simd.load_some(&q[dim..]), simd.load_some(&key[dim..]));
+                    }
+                }
+            }
+            let scores = S::Float::sums(acc);
+            for (out, score) in scratch[head * count + start..][..positions].iter_mut().zip(scores) {
+                *out = score * scale;
             }
         }
     }
-    for (out, sum) in out.chunks_exact_mut(head_dim).zip(sums) {
-        for out in out {
-            *out /= sum;
+    for (weights, out) in scratch.chunks_exact_mut(count).zip(out.chunks_exact_mut(head_dim)) {
+        let sum = softmax(weights, first);
+        for dim in (0..head_dim).step_by(LANES * WIDE) {
+            values(simd, cache, row, kv_head, first, weights, sum, dim, out);
         }
+    }
+}
+
+/// The weighted values of some dimensions, from `dim`, divided by `sum`.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a loop of `head_body`, split off for its registers")]
+fn values<S: Simd>(
+    simd: S,
+    cache: &Cache<'_>,
+    row: AttentionRow<'_>,
+    kv_head: usize,
+    first: usize,
+    weights: &[f32],
+    sum: f32,
+    dim: usize,
+    out: &mut [f32],
+) {
+    let out = &mut out[dim..];
+    let mut acc = [simd.splat(0.0); WIDE];
+    for (i, weight) in weights.iter().enumerate() {
+        let at = cache.at(row, first + i, kv_head) + dim;
+        let value = &cache.values[at..][..out.len()];
+        let weight = simd.splat(*weight);
+        if let Some(value) = value.first_chunk::<{ LANES * WIDE }>() {
+            for (acc, value) in acc.iter_mut().zip(value.as_chunks::<LANES>().0) {
+                *acc = acc.fma(weight, simd.load(value));
+            }
+        } else {
+            for (acc, value) in acc.iter_mut().zip(value.chunks(LANES)) {
+                *acc = acc.fma(weight, simd.load_some(value));
+            }
+        }
+    }
+    for (acc, out) in acc.into_iter().zip(out.chunks_mut(LANES)) {
+        let mut lanes = [0.0; LANES];
+        acc.over(simd.splat(sum)).store(&mut lanes);
+        out.copy_from_slice(&lanes[..out.len()]);
     }
 }
 
 /// Replaces scores by `e^(score - largest)` and returns their sum. `first` is the absolute position of the first.
 #[inline(always)]
 fn softmax(scores: &mut [f32], first: usize) -> f32 {
-    let mut largest = f32::NEG_INFINITY;
-    for score in scores.iter() {
-        largest = largest.max(*score);
+    // The largest of some floats is the same in any order.
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = scores.as_chunks::<LANES>();
+    for scores in whole {
+        for i in 0..LANES {
+            largest[i] = if scores[i] > largest[i] { scores[i] } else { largest[i] };
+        }
     }
+    let largest = largest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
     for score in scores.iter_mut() {
         *score = exp(*score - largest);
     }
-    let mut sums = FLanes::ZERO;
-    for (i, weight) in scores.iter().enumerate() {
-        sums.0[(first + i) % LANES] += weight;
+    let mut sums = [0.0; LANES];
+    let (head, body) = scores.split_at(scores.len().min((LANES - first % LANES) % LANES));
+    for (i, weight) in head.iter().enumerate() {
+        sums[first % LANES + i] += weight;
     }
-    sums.sum()
-}
-
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = FLanes::ZERO;
-    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
-        acc = acc.fma(FLanes::load(a), FLanes::load(b));
+    for weights in body.chunks(LANES) {
+        for (sum, weight) in sums.iter_mut().zip(weights) {
+            *sum += weight;
+        }
     }
-    acc.sum()
+    Plain.load(&sums).sum()
 }

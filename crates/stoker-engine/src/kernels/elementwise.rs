@@ -2,10 +2,10 @@
 
 use super::{
     isa::versions,
-    lanes::{FLanes, LANES},
     linear::dequantize_rows,
     math::exp,
     share::Shared,
+    simd::{Float, LANES, Simd},
 };
 use crate::{threads::Threads, weight::Weight};
 
@@ -71,15 +71,16 @@ versions! { fn silu(gate: &[f32], up: &[f32], out: &mut [f32]) = silu_body; }
 versions! { fn sum(y: &[f32], x: &mut [f32]) = sum_body; }
 
 #[inline(always)]
-fn norm_body(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
+fn norm_body<S: Simd>(simd: S, x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
         let (whole, rest) = x.as_chunks::<LANES>();
-        let mut squares = FLanes::ZERO;
+        let mut squares = simd.splat(0.0);
         for x in whole {
-            squares = squares.fma(FLanes(*x), FLanes(*x));
+            let x = simd.load(x);
+            squares = squares.fma(x, x);
         }
         if !rest.is_empty() {
-            let x = FLanes::load(rest);
+            let x = simd.load_some(rest);
             squares = squares.fma(x, x);
         }
         // Exact for every width below 2^24.
@@ -92,14 +93,14 @@ fn norm_body(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn silu_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
+fn silu_body<S>(_simd: S, gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
         *out = gate / (1.0 + exp(-gate)) * up;
     }
 }
 
 #[inline(always)]
-fn sum_body(y: &[f32], x: &mut [f32]) {
+fn sum_body<S>(_simd: S, y: &[f32], x: &mut [f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
     }

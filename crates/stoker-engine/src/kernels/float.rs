@@ -2,15 +2,15 @@
 //!
 //! The arithmetic, for any number of rows: sixteen sums, number `l` over the columns `k` with `k % 16 == l`, in order,
 //! each step one fused multiply-add of the f32 values; then the reduction tree of
-//! [`FLanes::sum`]. A row that ends inside of sixteen columns goes on with zeros.
+//! [`Float::sum`]. A row that ends inside of sixteen columns goes on with zeros.
 
 use stoker_types::DType;
 
 use super::{
     activations::Activations,
     isa::versions,
-    lanes::{FLanes, LANES, bf16_to_f32, f16_to_f32},
     share::Shared,
+    simd::{Float, LANES, Plain, Simd},
 };
 use crate::{threads::Threads, weight::Weight};
 
@@ -21,37 +21,37 @@ const TILE: usize = 4;
 const GRAIN: usize = 4 * TILE;
 
 /// An element type of plain floats.
-trait Float {
+trait Element {
     const BYTES: usize;
-    /// The f32 of the element at the start of `bytes`.
-    fn get(bytes: &[u8]) -> f32;
+    /// Sixteen elements, `16 * BYTES` bytes.
+    fn lanes<S: Simd>(simd: S, bytes: &[u8]) -> S::Float;
 }
 
 struct F32;
 struct F16;
 struct Bf16;
 
-impl Float for F32 {
+impl Element for F32 {
     const BYTES: usize = 4;
     #[inline(always)]
-    fn get(bytes: &[u8]) -> f32 {
-        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+    fn lanes<S: Simd>(simd: S, bytes: &[u8]) -> S::Float {
+        simd.load_f32(bytes.first_chunk().expect("sixteen elements"))
     }
 }
 
-impl Float for F16 {
+impl Element for F16 {
     const BYTES: usize = 2;
     #[inline(always)]
-    fn get(bytes: &[u8]) -> f32 {
-        f16_to_f32(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])))
+    fn lanes<S: Simd>(simd: S, bytes: &[u8]) -> S::Float {
+        simd.load_f16(bytes.first_chunk().expect("sixteen elements"))
     }
 }
 
-impl Float for Bf16 {
+impl Element for Bf16 {
     const BYTES: usize = 2;
     #[inline(always)]
-    fn get(bytes: &[u8]) -> f32 {
-        bf16_to_f32(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])))
+    fn lanes<S: Simd>(simd: S, bytes: &[u8]) -> S::Float {
+        simd.load_bf16(bytes.first_chunk().expect("sixteen elements"))
     }
 }
 
@@ -78,19 +78,32 @@ pub(super) fn linear(threads: &Threads, weight: &Weight, x: &Activations<'_>, ou
     });
 }
 
-/// At most a few rows, as f32.
+/// Some rows, as f32.
 pub(super) fn rows_to_f32(weight: &Weight, rows: &[usize], out: &mut [f32]) {
-    let size = weight.row_bytes() / weight.cols();
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(weight.cols())) {
         let bytes = &weight.bytes()[row * weight.row_bytes()..][..weight.row_bytes()];
-        for (out, bytes) in out.iter_mut().zip(bytes.chunks_exact(size)) {
-            *out = match weight.dtype() {
-                DType::F32 => F32::get(bytes),
-                DType::F16 => F16::get(bytes),
-                _ => Bf16::get(bytes),
-            };
+        match weight.dtype() {
+            DType::F32 => to_f32::<F32>(bytes, out),
+            DType::F16 => to_f32::<F16>(bytes, out),
+            _ => to_f32::<Bf16>(bytes, out),
         }
     }
+}
+
+fn to_f32<E: Element>(bytes: &[u8], out: &mut [f32]) {
+    for (bytes, out) in bytes.chunks(LANES * E::BYTES).zip(out.chunks_mut(LANES)) {
+        let mut lanes = [0.0; LANES];
+        some::<E, _>(Plain, bytes).store(&mut lanes);
+        out.copy_from_slice(&lanes[..out.len()]);
+    }
+}
+
+/// At most sixteen elements, zeros where there are fewer.
+#[inline(always)]
+fn some<E: Element, S: Simd>(simd: S, bytes: &[u8]) -> S::Float {
+    let mut padded = [0; 64];
+    padded[..bytes.len()].copy_from_slice(bytes);
+    E::lanes(simd, &padded)
 }
 
 /// What the threads share of one product.
@@ -111,89 +124,73 @@ struct Part<'a> {
     end: usize,
 }
 
-versions! { fn rows_f32(part: &Part<'_>) = part_body::<F32>; }
-versions! { fn rows_f16(part: &Part<'_>) = part_body::<F16>; }
-versions! { fn rows_bf16(part: &Part<'_>) = part_body::<Bf16>; }
+versions! { fn rows_f32(part: &Part<'_>) = part_body::<F32, _>; }
+versions! { fn rows_f16(part: &Part<'_>) = part_body::<F16, _>; }
+versions! { fn rows_bf16(part: &Part<'_>) = part_body::<Bf16, _>; }
 
 #[inline(always)]
-fn part_body<F: Float>(part: &Part<'_>) {
+fn part_body<E: Element, S: Simd>(simd: S, part: &Part<'_>) {
     let Product { weight, row_bytes, cols, m, x, .. } = *part.product;
     let weight_row = |row: usize| &weight[row * row_bytes..][..row_bytes];
     let x_row = |row: usize| &x[row * cols..][..cols];
-    let mut first = part.first;
-    while first < part.end {
+    for first in (part.first..part.end).step_by(TILE) {
         // A short last tile repeats its last row and throws the results away.
         let w: [&[u8]; TILE] = std::array::from_fn(|i| weight_row((first + i).min(part.end - 1)));
         let outputs = TILE.min(part.end - first);
         let mut row = 0;
-        while row < m {
-            if m - row >= TILE {
-                let x: [&[f32]; TILE] = std::array::from_fn(|i| x_row(row + i));
-                store(part.product, first, outputs, row, &dots::<F, TILE>(&w, &x, cols));
-                row += TILE;
-            } else {
-                store(part.product, first, outputs, row, &dots::<F, 1>(&w, &[x_row(row)], cols));
-                row += 1;
+        while row + TILE <= m {
+            let x: [&[f32]; TILE] = std::array::from_fn(|i| x_row(row + i));
+            let acc = dots::<E, S, TILE>(simd, &w, &x, cols);
+            let sums = S::Float::sums(std::array::from_fn(|i| acc[i / TILE][i % TILE]));
+            for (r, sums) in sums.as_chunks::<TILE>().0.iter().enumerate() {
+                store(part.product, first, outputs, row + r, sums);
             }
+            row += TILE;
         }
-        first += TILE;
+        while row < m {
+            let [acc] = dots::<E, S, 1>(simd, &w, &[x_row(row)], cols);
+            store(part.product, first, outputs, row, &acc.map(Float::sum));
+            row += 1;
+        }
     }
 }
 
 #[inline(always)]
-fn store<const R: usize>(
-    product: &Product<'_>,
-    first: usize,
-    outputs: usize,
-    row: usize,
-    sums: &[[f32; TILE]; R],
-) {
-    for (r, sums) in sums.iter().enumerate() {
-        // SAFETY: outputs `first..first + outputs` of every row belong to this call's part alone.
-        let out = unsafe { product.out.part((row + r) * product.rows + first, outputs) };
-        out.copy_from_slice(&sums[..outputs]);
-    }
+fn store(product: &Product<'_>, first: usize, outputs: usize, row: usize, sums: &[f32; TILE]) {
+    // SAFETY: outputs `first..first + outputs` of every row belong to this call's part alone.
+    let out = unsafe { product.out.part(row * product.rows + first, outputs) };
+    out.copy_from_slice(&sums[..outputs]);
 }
 
-/// `R` activation rows times [`TILE`] weight rows.
+/// `R` activation rows times [`TILE`] weight rows, before the last reduction.
 #[inline(always)]
-fn dots<F: Float, const R: usize>(w: &[&[u8]; TILE], x: &[&[f32]; R], cols: usize) -> [[f32; TILE]; R] {
-    let mut acc = [[FLanes::ZERO; TILE]; R];
+fn dots<E: Element, S: Simd, const R: usize>(
+    simd: S,
+    w: &[&[u8]; TILE],
+    x: &[&[f32]; R],
+    cols: usize,
+) -> [[S::Float; TILE]; R] {
+    let mut acc = [[simd.splat(0.0); TILE]; R];
     let whole = cols - cols % LANES;
     for col in (0..whole).step_by(LANES) {
-        let x: [FLanes; R] = std::array::from_fn(|r| FLanes::load(&x[r][col..col + LANES]));
-        for (i, w) in w.iter().enumerate() {
-            let w = lanes::<F>(&w[col * F::BYTES..(col + LANES) * F::BYTES]);
-            for r in 0..R {
-                acc[r][i] = acc[r][i].fma(x[r], w);
+        let mut lanes = [simd.splat(0.0); TILE];
+        for i in 0..TILE {
+            lanes[i] = E::lanes(simd, &w[i][col * E::BYTES..(col + LANES) * E::BYTES]);
+        }
+        for r in 0..R {
+            let x = simd.load_some(&x[r][col..col + LANES]);
+            for i in 0..TILE {
+                acc[r][i] = acc[r][i].fma(x, lanes[i]);
             }
         }
     }
     if whole < cols {
-        for (i, w) in w.iter().enumerate() {
-            let mut last = FLanes::ZERO;
-            for (last, bytes) in last.0.iter_mut().zip(w[whole * F::BYTES..].chunks_exact(F::BYTES)) {
-                *last = F::get(bytes);
-            }
-            for r in 0..R {
-                acc[r][i] = acc[r][i].fma(FLanes::load(&x[r][whole..]), last);
-            }
-        }
-    }
-    let mut out = [[0.0; TILE]; R];
-    for r in 0..R {
         for i in 0..TILE {
-            out[r][i] = acc[r][i].sum();
+            let lanes = some::<E, S>(simd, &w[i][whole * E::BYTES..]);
+            for r in 0..R {
+                acc[r][i] = acc[r][i].fma(simd.load_some(&x[r][whole..]), lanes);
+            }
         }
     }
-    out
-}
-
-#[inline(always)]
-fn lanes<F: Float>(bytes: &[u8]) -> FLanes {
-    let mut out = FLanes::ZERO;
-    for i in 0..LANES {
-        out.0[i] = F::get(&bytes[i * F::BYTES..(i + 1) * F::BYTES]);
-    }
-    out
+    acc
 }

@@ -74,32 +74,35 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
-/// Compiles `body`, which must be `#[inline(always)]`, once for each instruction set, as a function that takes the
-/// set as its first argument. The compiler may use wider registers for `body`; it may not change a result, because
-/// Rust has no fast-math: `mul_add` is one rounding everywhere, and nothing else is ever fused or reordered.
+/// Compiles `body`, a generic function over [`Simd`](super::simd::Simd) that takes a set as its first argument and must
+/// be `#[inline(always)]`, once for each set, as a function that takes an [`Isa`]. The compiler may use wider registers
+/// for the plain parts of `body`; it may not change a result, because Rust has no fast-math: `mul_add` is one rounding
+/// everywhere, and nothing else is ever fused or reordered.
 macro_rules! versions {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:expr;) => {
-        $(#[$meta])*
-        $vis fn $name(isa: $crate::kernels::isa::Isa, $($arg: $ty),*) {
+    ($vis:vis fn $name:ident$(<$($generic:ident: $bound:path),*>)?($($arg:ident: $ty:ty),* $(,)?) = $body:expr;) => {
+        $vis fn $name$(<$($generic: $bound),*>)?(isa: $crate::kernels::isa::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2($($arg: $ty),*) {
-                $body($($arg),*);
+            fn avx2$(<$($generic: $bound),*>)?(simd: $crate::kernels::simd::Avx2, $($arg: $ty),*) {
+                $body(simd, $($arg),*);
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn avx512($($arg: $ty),*) {
-                $body($($arg),*);
+            fn avx512$(<$($generic: $bound),*>)?(simd: $crate::kernels::simd::Avx512, $($arg: $ty),*) {
+                $body(simd, $($arg),*);
             }
-            match isa.kind() {
-                $crate::kernels::isa::Kind::Scalar => $body($($arg),*),
-                // SAFETY: an `Isa` of this kind exists only where its features were detected.
-                #[cfg(target_arch = "x86_64")]
-                $crate::kernels::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            if let Some(simd) = $crate::kernels::simd::Avx512::of(isa) {
+                // SAFETY: this value exists only where the features were detected.
+                return unsafe { avx512$(::<$($generic),*>)?(simd, $($arg),*) };
+            }
+            #[cfg(target_arch = "x86_64")]
+            if let Some(simd) = $crate::kernels::simd::Avx2::of(isa) {
                 // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                $crate::kernels::isa::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                return unsafe { avx2$(::<$($generic),*>)?(simd, $($arg),*) };
             }
+            let _ = isa;
+            $body($crate::kernels::simd::Plain, $($arg),*);
         }
     };
 }

@@ -4,17 +4,15 @@ use std::cell::RefCell;
 
 use stoker_types::DType;
 
-#[cfg(target_arch = "x86_64")]
-use super::dot::{Avx2, Avx512};
 use super::{
     activations::{Activations, Quantised},
     dot::{Dot, Input, Tile},
     float,
-    gather::{Plain, Rows},
-    isa::{Isa, Kind},
-    lanes::{FLanes, LANES, Lanes},
-    quant::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quant},
+    gather::Rows,
+    isa::versions,
+    quant::{Block, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Quant},
     share::Shared,
+    simd::{FLanes, LANES, Lanes, Plain, Simd},
 };
 use crate::{threads::Threads, weight::Weight};
 
@@ -133,45 +131,19 @@ fn quantised<Q: Quant>(threads: &Threads, weight: &Weight, x: &mut Activations<'
     threads.parallel(tiles, grain, |tiles, _| {
         UNPACKED.with_borrow_mut(|unpacked| {
             for tile in tiles {
-                on_isa::<Q>(threads.isa(), &product, tile, unpacked);
+                one_tile::<Q>(threads.isa(), &product, tile, unpacked);
             }
         });
     });
 }
 
-fn on_isa<Q: Quant>(isa: Isa, product: &Product<'_>, tile: usize, unpacked: &mut Unpacked) {
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2<Q: Quant>(product: &Product<'_>, tile: usize, unpacked: &mut Unpacked, version: Avx2) {
-        one_tile::<Q, _>(product, tile, unpacked, version);
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn avx512<Q: Quant>(product: &Product<'_>, tile: usize, unpacked: &mut Unpacked, version: Avx512) {
-        one_tile::<Q, _>(product, tile, unpacked, version);
-    }
-    match isa.kind() {
-        Kind::Scalar => one_tile::<Q, _>(product, tile, unpacked, Plain),
-        #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => {
-            if let Some(version) = Avx2::of(isa) {
-                // SAFETY: `version` exists only where the features were detected.
-                unsafe { avx2::<Q>(product, tile, unpacked, version) }
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => {
-            if let Some(version) = Avx512::of(isa) {
-                // SAFETY: as above.
-                unsafe { avx512::<Q>(product, tile, unpacked, version) }
-            }
-        }
-    }
+versions! {
+    fn one_tile<Q: Quant>(product: &Product<'_>, tile: usize, unpacked: &mut Unpacked) = one_tile_body::<Q, _>;
 }
 
 /// Sixteen outputs of all rows.
 #[inline(always)]
-fn one_tile<Q: Quant, D: Dot>(product: &Product<'_>, tile: usize, unpacked: &mut Unpacked, version: D) {
+fn one_tile_body<Q: Quant, D: Dot>(version: D, product: &Product<'_>, tile: usize, unpacked: &mut Unpacked) {
     let first = tile * LANES;
     // A last tile with fewer rows repeats the last one, and throws those results away.
     let numbers = std::array::from_fn(|lane| (first + lane).min(product.rows - 1));
@@ -216,8 +188,8 @@ fn dot_rows<Q: Quant, D: Dot>(
 }
 
 #[inline(always)]
-fn unpack<'u, Q: Quant, D: Dot>(
-    rows: &Rows<'_, D>,
+fn unpack<'u, Q: Quant, S: Simd>(
+    rows: &Rows<'_, S>,
     col: usize,
     columns: usize,
     unpacked: &'u mut Unpacked,
@@ -230,15 +202,11 @@ fn unpack<'u, Q: Quant, D: Dot>(
         unpacked.scale.resize(groups, FLanes::ZERO);
         unpacked.min.resize(groups, FLanes::ZERO);
     }
-    for block in 0..columns / Q::BLOCK {
-        let groups = block * (Q::BLOCK / Q::GROUP)..(block + 1) * (Q::BLOCK / Q::GROUP);
-        Q::unpack(
-            rows,
-            (col / Q::BLOCK + block) * Q::BYTES,
-            &mut unpacked.q[block * (Q::BLOCK / 4)..][..Q::BLOCK / 4],
-            &mut unpacked.scale[groups.clone()],
-            &mut unpacked.min[groups],
-        );
+    let q = unpacked.q[..words].chunks_exact_mut(Q::BLOCK / 4);
+    let scale = unpacked.scale[..groups].chunks_exact_mut(Q::BLOCK / Q::GROUP);
+    let min = unpacked.min[..groups].chunks_exact_mut(Q::BLOCK / Q::GROUP);
+    for (block, ((q, scale), min)) in q.zip(scale).zip(min).enumerate() {
+        Q::unpack(rows, (col / Q::BLOCK + block) * Q::BYTES, &mut Block { q, scale, min });
     }
     Tile { q: &unpacked.q[..words], scale: &unpacked.scale[..groups], min: &unpacked.min[..groups] }
 }

@@ -6,10 +6,6 @@
 //! operations they do at once. Rust never fuses or reorders float operations by itself, which is what lets the
 //! compiler vectorise the plain parts.
 #![expect(unsafe_code, reason = "SIMD intrinsics, unaligned weights and disjoint writes by several threads")]
-#![expect(
-    clippy::needless_range_loop,
-    reason = "loops over lanes by number are what the compiler vectorises, and they read like the formula"
-)]
 
 mod activations;
 mod attention;
@@ -18,12 +14,12 @@ mod elementwise;
 mod float;
 mod gather;
 mod isa;
-mod lanes;
 mod linear;
 mod math;
 mod quant;
 mod rope;
 mod share;
+mod simd;
 
 pub(crate) use self::linear::dequantize_rows;
 pub use self::{

@@ -116,7 +116,7 @@ versions! { fn halves(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) 
 versions! { fn interleaved(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) = interleaved_body; }
 
 #[inline(always)]
-fn halves_body(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+fn halves_body<S>(_simd: S, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
     for head in x.chunks_exact_mut(head_dim) {
         let (first, rest) = head.split_at_mut(cos.len());
         for (((a, b), cos), sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
@@ -126,7 +126,7 @@ fn halves_body(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
 }
 
 #[inline(always)]
-fn interleaved_body(x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+fn interleaved_body<S>(_simd: S, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
     for head in x.chunks_exact_mut(head_dim) {
         for ((pair, cos), sin) in head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
             let [a, b] = *pair;

@@ -1,38 +1,17 @@
 //! The inner loop with AVX2: eight outputs in a register, products in pairs of 16 bits.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _mm_loadu_si128, _mm_store_si128, _mm_unpackhi_epi32, _mm_unpackhi_epi64,
-    _mm_unpacklo_epi32, _mm_unpacklo_epi64, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32,
-    _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_madd_epi16,
-    _mm256_maddubs_epi16, _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_store_ps, _mm256_xor_si256,
+    __m256, __m256i, _mm256_abs_epi8, _mm256_add_epi16, _mm256_add_epi32, _mm256_cvtepi32_ps,
+    _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
+    _mm256_mul_ps, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_si256, _mm256_sign_epi8, _mm256_store_ps, _mm256_xor_si256,
 };
 
-use super::{Dot, Gather, Input, Tile};
+use super::{Dot, Input, Tile};
 use crate::kernels::{
-    isa::{Isa, Kind},
-    lanes::{FLanes, LANES, Lanes},
     quant::Quant,
+    simd::{Avx2, FLanes},
 };
-
-/// The permission to use AVX2, FMA and F16C.
-#[derive(Clone, Copy)]
-pub(in crate::kernels) struct Avx2(());
-
-impl Avx2 {
-    /// `None` unless `isa` is that one.
-    pub(in crate::kernels) fn of(isa: Isa) -> Option<Self> {
-        (isa.kind() == Kind::Avx2).then_some(Self(()))
-    }
-}
-
-impl Gather for Avx2 {
-    #[inline(always)]
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Lanes; 4] {
-        // SAFETY: having `self` shows that the features are there; the caller says that the addresses are readable.
-        unsafe { quad(rows) }
-    }
-}
 
 impl Dot for Avx2 {
     #[inline(always)]
@@ -49,34 +28,6 @@ impl Dot for Avx2 {
             unsafe { dot::<Q, 1>(tile, input.below(r), &mut acc[r..]) };
         }
     }
-}
-
-/// Sixteen 16-byte rows, transposed as words.
-///
-/// # Safety
-/// 16 bytes must be readable at each address.
-#[target_feature(enable = "avx2,fma,f16c")]
-#[inline]
-unsafe fn quad(rows: &[*const u8; LANES]) -> [Lanes; 4] {
-    let mut out = [Lanes::ZERO; 4];
-    for part in 0..4 {
-        // SAFETY: the caller says that 16 bytes are readable at each address; the loads need no alignment.
-        let row = |i: usize| unsafe { _mm_loadu_si128(rows[4 * part + i].cast()) };
-        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
-        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        let words: [__m128i; 4] = [
-            _mm_unpacklo_epi64(ab_low, cd_low),
-            _mm_unpackhi_epi64(ab_low, cd_low),
-            _mm_unpacklo_epi64(ab_high, cd_high),
-            _mm_unpackhi_epi64(ab_high, cd_high),
-        ];
-        for (out, word) in out.iter_mut().zip(words) {
-            // SAFETY: lanes 4 part..4 part + 4 of `Lanes`, 16 bytes at an alignment of 16.
-            unsafe { _mm_store_si128(out.0.as_mut_ptr().add(4 * part).cast(), word) };
-        }
-    }
-    out
 }
 
 /// `acc` has at least `R` elements.

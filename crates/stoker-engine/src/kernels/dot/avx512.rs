@@ -1,37 +1,16 @@
 //! The inner loop with AVX-512 VNNI: four products and three additions for each of sixteen outputs in one instruction.
 
 use std::arch::x86_64::{
-    __m512i, _mm_loadu_si128, _mm512_castsi128_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_inserti32x4, _mm512_load_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_store_ps, _mm512_store_si512,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512i, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_ps, _mm512_load_si512,
+    _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi32,
+    _mm512_store_ps,
 };
 
-use super::{Dot, Gather, Input, Tile};
+use super::{Dot, Input, Tile};
 use crate::kernels::{
-    isa::{Isa, Kind},
-    lanes::{FLanes, LANES, Lanes},
     quant::Quant,
+    simd::{Avx512, FLanes},
 };
-
-/// The permission to use AVX-512 (F, BW, DQ, VL, VNNI), AVX2, FMA and F16C.
-#[derive(Clone, Copy)]
-pub(in crate::kernels) struct Avx512(());
-
-impl Avx512 {
-    /// `None` unless `isa` is that one.
-    pub(in crate::kernels) fn of(isa: Isa) -> Option<Self> {
-        (isa.kind() == Kind::Avx512).then_some(Self(()))
-    }
-}
-
-impl Gather for Avx512 {
-    #[inline(always)]
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Lanes; 4] {
-        // SAFETY: having `self` shows that the features are there; the caller says that the addresses are readable.
-        unsafe { quad(rows) }
-    }
-}
 
 impl Dot for Avx512 {
     #[inline(always)]
@@ -39,44 +18,6 @@ impl Dot for Avx512 {
         // SAFETY: having `self` shows that the features are there.
         unsafe { dot::<Q, R>(tile, input, acc) }
     }
-}
-
-/// Sixteen 16-byte rows, transposed as words.
-///
-/// # Safety
-/// 16 bytes must be readable at each address.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-#[inline]
-unsafe fn quad(rows: &[*const u8; LANES]) -> [Lanes; 4] {
-    // Register `i` holds rows i, i + 4, i + 8, i + 12, so that a 4 x 4 transposition within the 128-bit parts leaves
-    // all sixteen rows in order.
-    let load = |i: usize| {
-        // SAFETY: the caller says that 16 bytes are readable at each address; the loads need no alignment.
-        unsafe {
-            let row = |j: usize| _mm_loadu_si128(rows[j].cast());
-            let v = _mm512_castsi128_si512(row(i));
-            let v = _mm512_inserti32x4::<1>(v, row(i + 4));
-            let v = _mm512_inserti32x4::<2>(v, row(i + 8));
-            _mm512_inserti32x4::<3>(v, row(i + 12))
-        }
-    };
-    // Lane order: part p of register i is row i + 4 p; after the transposition word w has, in part p, lanes
-    // 0..4 = registers 0..4, which is rows 4 p..4 p + 4.
-    let (a, b, c, d) = (load(0), load(1), load(2), load(3));
-    let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    let words = [
-        _mm512_unpacklo_epi64(ab_low, cd_low),
-        _mm512_unpackhi_epi64(ab_low, cd_low),
-        _mm512_unpacklo_epi64(ab_high, cd_high),
-        _mm512_unpackhi_epi64(ab_high, cd_high),
-    ];
-    words.map(|word| {
-        let mut out = Lanes::ZERO;
-        // SAFETY: `Lanes` is 64 bytes at an alignment of 64.
-        unsafe { _mm512_store_si512((&raw mut out).cast(), word) };
-        out
-    })
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]

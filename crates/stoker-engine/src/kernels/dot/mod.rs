@@ -15,13 +15,10 @@ mod avx2;
 mod avx512;
 mod plain;
 
-#[cfg(target_arch = "x86_64")]
-pub(super) use self::{avx2::Avx2, avx512::Avx512};
 use super::{
     activations::Quantised,
-    gather::{Gather, Plain},
-    lanes::{FLanes, Lanes},
     quant::Quant,
+    simd::{FLanes, Lanes, Plain, Simd},
 };
 
 /// Sixteen weight rows, some columns, unpacked.
@@ -43,8 +40,8 @@ pub(super) struct Input<'a> {
     col: usize,
 }
 
-/// A version of the inner loop. A value is the permission to use its instructions.
-pub(super) trait Dot: Gather {
+/// An instruction set's version of the inner loop.
+pub(super) trait Dot: Simd {
     /// `acc[r]` goes on with the tile's columns of activation row `r`; lane = weight row.
     fn dot<Q: Quant, const R: usize>(self, tile: Tile<'_>, input: Input<'_>, acc: &mut [FLanes; R]);
 }

@@ -2,8 +2,8 @@
 
 use super::{Input, Tile};
 use crate::kernels::{
-    lanes::{FLanes, LANES},
     quant::Quant,
+    simd::{FLanes, Float, LANES, Plain, Simd},
 };
 
 #[inline(always)]
@@ -27,10 +27,10 @@ pub(super) fn dot<Q: Quant, const R: usize>(tile: Tile<'_>, input: Input<'_>, ac
                     *sum += byte(0) * x[0] + byte(8) * x[1] + byte(16) * x[2] + byte(24) * x[3];
                 }
             }
-            let factor = tile.scale[group].scaled(x_scale[group * Q::GROUP / 32]);
+            let factor = tile.scale[group].times(Plain.splat(x_scale[group * Q::GROUP / 32]));
             *acc = acc.fma(factor, FLanes(sum.map(|s| s as f32)));
             if Q::MIN {
-                *acc = acc.fma(tile.min[group], FLanes([scaled_sum[group]; LANES]));
+                *acc = acc.fma(tile.min[group], Plain.splat(scaled_sum[group]));
             }
         }
     }

@@ -17,8 +17,8 @@ pub(super) use self::{
     q8_0::Q8_0,
 };
 use super::{
-    gather::{Gather, Rows},
-    lanes::{FLanes, Lanes},
+    gather::Rows,
+    simd::{FLanes, Float, Lanes, Simd, Word},
 };
 
 /// A quantised type. An element is `scale * (q - OFFSET) + min`, with an unsigned `q`, and `scale` and `min` of
@@ -26,7 +26,7 @@ use super::{
 pub(super) trait Quant {
     /// Elements of a block.
     const BLOCK: usize;
-    /// Bytes of a block.
+    /// Bytes of a block; at least 16.
     const BYTES: usize;
     /// Elements that share a scale: 16 or 32.
     const GROUP: usize;
@@ -37,15 +37,35 @@ pub(super) trait Quant {
     /// The largest `q`.
     const MAX: u32;
 
-    /// Unpacks the block at byte `at` of sixteen rows. `q`: `[BLOCK / 4]`, four consecutive elements of a row in a
-    /// lane, the first in the lowest byte; `scale`, `min`: `[BLOCK / GROUP]`. `min` isn't written without [`MIN`](Self::MIN).
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        min: &mut [FLanes],
-    );
+    /// Unpacks the block at byte `at` of sixteen rows.
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>);
+}
+
+/// One block of sixteen rows, unpacked. Lane = row.
+pub(super) struct Block<'a> {
+    /// `[BLOCK / 4]`: four consecutive elements in a lane, the first in the lowest byte.
+    pub(super) q: &'a mut [Lanes],
+    /// `[BLOCK / GROUP]`.
+    pub(super) scale: &'a mut [FLanes],
+    /// As `scale`; not written without [`Quant::MIN`].
+    pub(super) min: &'a mut [FLanes],
+}
+
+impl Block<'_> {
+    #[inline(always)]
+    fn put_q(&mut self, i: usize, word: impl Word) {
+        word.store(&mut self.q[i]);
+    }
+
+    #[inline(always)]
+    fn put_scale(&mut self, group: usize, scale: impl Float) {
+        scale.store(&mut self.scale[group].0);
+    }
+
+    #[inline(always)]
+    fn put_min(&mut self, group: usize, min: impl Float) {
+        min.store(&mut self.min[group].0);
+    }
 }
 
 /// The low nibble of every byte.
@@ -53,29 +73,42 @@ const NIBBLES: u32 = 0x0f0f_0f0f;
 
 /// The 32 nibbles of 16 bytes: all low ones, then all high ones.
 #[inline(always)]
-fn nibbles(packed: [Lanes; 4], q: &mut [Lanes]) {
+fn nibbles<W: Word>(packed: [W; 4], out: &mut Block<'_>) {
     for (i, word) in packed.into_iter().enumerate() {
-        q[i] = word.and(NIBBLES);
-        q[i + 4] = word.shr(4).and(NIBBLES);
+        out.put_q(i, word.and(NIBBLES));
+        out.put_q(i + 4, word.shr(4).and(NIBBLES));
     }
 }
 
-/// Bits `4 i..4 i + 4` of each lane, each into bit 4 of its own byte: the fifth bits of Q5_0 and Q5_1.
+/// As [`nibbles`]; bit `i` of `high` is the fifth bit of element `i`.
 #[inline(always)]
-fn fifth_bits(bits: Lanes, i: usize) -> Lanes {
-    bits.map(|v| {
-        let four = (v >> (4 * i)) & 0xf;
-        // A copy in each byte, each one bit further to the right: the wanted bit is the byte's lowest.
-        let spread = four | (four << 7) | (four << 14) | (four << 21);
-        (spread & 0x0101_0101) << 4
-    })
+fn nibbles_and_fifth_bits<W: Word>(packed: [W; 4], high: W, out: &mut Block<'_>) {
+    // Four bits, each into bit 4 of its own byte: copies, each one further to the right, and the lowest bit of each.
+    let spread = |bits: W| {
+        let four = bits.and(0xf);
+        let two = four.or(four.shl(14));
+        two.or(two.shl(7)).and(0x0101_0101).shl(4)
+    };
+    let (mut low, mut upper) = (high, high.shr(16));
+    for (i, word) in packed.into_iter().enumerate() {
+        out.put_q(i, word.and(NIBBLES).or(spread(low)));
+        out.put_q(i + 4, word.shr(4).and(NIBBLES).or(spread(upper)));
+        low = low.shr(4);
+        upper = upper.shr(4);
+    }
 }
 
-/// The eight 6-bit scales and eight 6-bit mins of Q4_K and Q5_K, packed in 12 bytes: two lanes of four bytes each.
+/// The first 16 bytes of Q4_K and Q5_K: `d`, `dmin`, and eight 6-bit scales and mins in 12 bytes.
 #[inline(always)]
-fn scales_and_mins<G: Gather>(rows: &Rows<'_, G>, at: usize) -> ([Lanes; 2], [Lanes; 2]) {
-    let [a, b, c] = [rows.word(at), rows.word(at + 4), rows.word(at + 8)];
+fn scales_and_mins<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+    let [dm, a, b, c] = rows.quad(at);
+    let (d, negative_min) = (dm.f16_low(), dm.f16_high().negative());
     let scales = [a.and(0x3f3f_3f3f), c.and(NIBBLES).or(a.shr(2).and(0x3030_3030))];
     let mins = [b.and(0x3f3f_3f3f), c.shr(4).and(NIBBLES).or(b.shr(2).and(0x3030_3030))];
-    (scales, mins)
+    for (i, (scales, mins)) in scales.into_iter().zip(mins).enumerate() {
+        for byte in 0..4 {
+            out.put_scale(4 * i + byte as usize, d.times(scales.byte(byte).to_float()));
+            out.put_min(4 * i + byte as usize, negative_min.times(mins.byte(byte).to_float()));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Q2_K: `u8 scales[16]; u8 qs[64]; f16 d; f16 dmin`, 16 groups of 16: `d * (sc & 15) * q - dmin * (sc >> 4)`. Each
 //! half of a block (128 elements) has 32 bytes; quarter `c` of it is at bits `2 c`.
 
-use super::{FLanes, Gather, Lanes, NIBBLES, Quant, Rows};
+use super::{Block, Float, NIBBLES, Quant, Rows, Simd, Word};
 
 pub(in crate::kernels) struct Q2K;
 
@@ -14,28 +14,24 @@ impl Quant for Q2K {
     const MAX: u32 = 3;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        min: &mut [FLanes],
-    ) {
-        let dm = rows.word(at + 80);
-        let (d, negative_min) = (dm.f16_low(), dm.f16_high().neg());
-        let packed = rows.quad(at);
-        for group in 0..16 {
-            let shift = 8 * (group % 4);
-            scale[group] = d.mul(packed[group / 4].and(NIBBLES).byte_f32(shift));
-            min[group] = negative_min.mul(packed[group / 4].shr(4).and(NIBBLES).byte_f32(shift));
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        let [.., dm] = rows.quad(at + 68);
+        let (d, negative_min) = (dm.f16_low(), dm.f16_high().negative());
+        for (i, packed) in rows.quad(at).into_iter().enumerate() {
+            let (scales, mins) = (packed.and(NIBBLES), packed.shr(4).and(NIBBLES));
+            for byte in 0..4 {
+                out.put_scale(4 * i + byte as usize, d.times(scales.byte(byte).to_float()));
+                out.put_min(4 * i + byte as usize, negative_min.times(mins.byte(byte).to_float()));
+            }
         }
         for half in 0..2 {
             for part in 0..2 {
-                let words = rows.quad(at + 16 + 32 * half + 16 * part);
-                for quarter in 0..4 {
-                    for (i, word) in words.into_iter().enumerate() {
-                        q[32 * half + 8 * quarter + 4 * part + i] = word.shr(2 * quarter).and(0x0303_0303);
-                    }
+                for (i, word) in rows.quad(at + 16 + 32 * half + 16 * part).into_iter().enumerate() {
+                    let k = 32 * half + 4 * part + i;
+                    out.put_q(k, word.and(0x0303_0303));
+                    out.put_q(k + 8, word.shr(2).and(0x0303_0303));
+                    out.put_q(k + 16, word.shr(4).and(0x0303_0303));
+                    out.put_q(k + 24, word.shr(6).and(0x0303_0303));
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Q4_0: `f16 d; u8 qs[16]`, `d * (q - 8)`.
 
-use super::{FLanes, Gather, Lanes, Quant, Rows, nibbles};
+use super::{Block, Quant, Rows, Simd, Word, nibbles};
 
 pub(in crate::kernels) struct Q4_0;
 
@@ -13,14 +13,8 @@ impl Quant for Q4_0 {
     const MAX: u32 = 15;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        _min: &mut [FLanes],
-    ) {
-        scale[0] = rows.half(at).f16_low();
-        nibbles(rows.quad(at + 2), q);
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        out.put_scale(0, rows.quad(at)[0].f16_low());
+        nibbles(rows.quad(at + 2), out);
     }
 }

@@ -1,6 +1,6 @@
 //! Q4_1: `f16 d; f16 m; u8 qs[16]`, `d * q + m`.
 
-use super::{FLanes, Gather, Lanes, Quant, Rows, nibbles};
+use super::{Block, Quant, Rows, Simd, Word, nibbles};
 
 pub(in crate::kernels) struct Q4_1;
 
@@ -13,16 +13,10 @@ impl Quant for Q4_1 {
     const MAX: u32 = 15;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        min: &mut [FLanes],
-    ) {
-        let dm = rows.word(at);
-        scale[0] = dm.f16_low();
-        min[0] = dm.f16_high();
-        nibbles(rows.quad(at + 4), q);
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        let [dm, ..] = rows.quad(at);
+        out.put_scale(0, dm.f16_low());
+        out.put_min(0, dm.f16_high());
+        nibbles(rows.quad(at + 4), out);
     }
 }

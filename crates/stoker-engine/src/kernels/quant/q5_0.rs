@@ -1,6 +1,6 @@
 //! Q5_0: `f16 d; u32 qh; u8 qs[16]`, `d * (q - 16)`; bit `i` of `qh` is the fifth bit of element `i`.
 
-use super::{FLanes, Gather, Lanes, Quant, Rows, fifth_bits, nibbles};
+use super::{Block, Quant, Rows, Simd, Word, nibbles_and_fifth_bits};
 
 pub(in crate::kernels) struct Q5_0;
 
@@ -13,18 +13,10 @@ impl Quant for Q5_0 {
     const MAX: u32 = 31;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        _min: &mut [FLanes],
-    ) {
-        scale[0] = rows.half(at).f16_low();
-        let high = rows.word(at + 2);
-        nibbles(rows.quad(at + 6), q);
-        for i in 0..8 {
-            q[i] = q[i].or(fifth_bits(high, i));
-        }
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        // `qh` starts in the middle of a word.
+        let [first, second, ..] = rows.quad(at);
+        out.put_scale(0, first.f16_low());
+        nibbles_and_fifth_bits(rows.quad(at + 6), first.shr(16).or(second.shl(16)), out);
     }
 }

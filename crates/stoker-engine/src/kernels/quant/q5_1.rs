@@ -1,6 +1,6 @@
 //! Q5_1: `f16 d; f16 m; u32 qh; u8 qs[16]`, `d * q + m`; bit `i` of `qh` is the fifth bit of element `i`.
 
-use super::{FLanes, Gather, Lanes, Quant, Rows, fifth_bits, nibbles};
+use super::{Block, Quant, Rows, Simd, Word, nibbles_and_fifth_bits};
 
 pub(in crate::kernels) struct Q5_1;
 
@@ -13,20 +13,10 @@ impl Quant for Q5_1 {
     const MAX: u32 = 31;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        min: &mut [FLanes],
-    ) {
-        let dm = rows.word(at);
-        scale[0] = dm.f16_low();
-        min[0] = dm.f16_high();
-        let high = rows.word(at + 4);
-        nibbles(rows.quad(at + 8), q);
-        for i in 0..8 {
-            q[i] = q[i].or(fifth_bits(high, i));
-        }
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        let [dm, high, ..] = rows.quad(at);
+        out.put_scale(0, dm.f16_low());
+        out.put_min(0, dm.f16_high());
+        nibbles_and_fifth_bits(rows.quad(at + 8), high, out);
     }
 }

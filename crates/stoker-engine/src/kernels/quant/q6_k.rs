@@ -1,7 +1,7 @@
 //! Q6_K: `u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d`, 16 groups of 16: `d * sc * (q - 32)`. Each half of a block (128
 //! elements) has 64 bytes of low nibbles and 32 bytes of upper bit pairs.
 
-use super::{FLanes, Gather, Lanes, NIBBLES, Quant, Rows};
+use super::{Block, Float, NIBBLES, Quant, Rows, Simd, Word};
 
 pub(in crate::kernels) struct Q6K;
 
@@ -14,30 +14,26 @@ impl Quant for Q6K {
     const MAX: u32 = 63;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        _min: &mut [FLanes],
-    ) {
-        let d = rows.half(at + 208).f16_low();
-        let scales = rows.quad(at + 192);
-        for (group, scale) in scale.iter_mut().enumerate() {
-            *scale = d.mul(scales[group / 4].signed_byte_f32(8 * (group % 4)));
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        let [.., last] = rows.quad(at + 194);
+        let d = last.f16_high();
+        for (i, scales) in rows.quad(at + 192).into_iter().enumerate() {
+            for byte in 0..4 {
+                out.put_scale(4 * i + byte as usize, d.times(scales.signed_byte(byte).to_float()));
+            }
         }
         for half in 0..2 {
             for part in 0..2 {
                 let high = rows.quad(at + 128 + 32 * half + 16 * part);
-                for column in 0..2 {
-                    let low = rows.quad(at + 64 * half + 32 * column + 16 * part);
-                    for i in 0..4 {
-                        // Quarter `c` of the half: bits `2 c` of `qh`; the last two quarters are the high nibbles.
-                        let upper = |c: usize| high[i].shr(2 * c).and(0x0303_0303).shl(4);
-                        let k = 32 * half + 8 * column + 4 * part + i;
-                        q[k] = low[i].and(NIBBLES).or(upper(column));
-                        q[k + 16] = low[i].shr(4).and(NIBBLES).or(upper(column + 2));
-                    }
+                let first = rows.quad(at + 64 * half + 16 * part);
+                let second = rows.quad(at + 64 * half + 32 + 16 * part);
+                for i in 0..4 {
+                    // Quarter `c` of the half has its upper bits at `2 c` of `qh`; the last two are the high nibbles.
+                    let k = 32 * half + 4 * part + i;
+                    out.put_q(k, first[i].and(NIBBLES).or(high[i].and(0x0303_0303).shl(4)));
+                    out.put_q(k + 8, second[i].and(NIBBLES).or(high[i].and(0x0c0c_0c0c).shl(2)));
+                    out.put_q(k + 16, first[i].shr(4).and(NIBBLES).or(high[i].and(0x3030_3030)));
+                    out.put_q(k + 24, second[i].shr(4).and(NIBBLES).or(high[i].shr(2).and(0x3030_3030)));
                 }
             }
         }

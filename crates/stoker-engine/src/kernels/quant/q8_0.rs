@@ -1,6 +1,6 @@
 //! Q8_0: `f16 d; i8 qs[32]`, `d * q`. Stored signed; 128 is added here and taken off as the offset.
 
-use super::{FLanes, Gather, Lanes, Quant, Rows};
+use super::{Block, Quant, Rows, Simd, Word};
 
 pub(in crate::kernels) struct Q8_0;
 
@@ -13,17 +13,11 @@ impl Quant for Q8_0 {
     const MAX: u32 = 255;
 
     #[inline(always)]
-    fn unpack<G: Gather>(
-        rows: &Rows<'_, G>,
-        at: usize,
-        q: &mut [Lanes],
-        scale: &mut [FLanes],
-        _min: &mut [FLanes],
-    ) {
-        scale[0] = rows.half(at).f16_low();
+    fn unpack<S: Simd>(rows: &Rows<'_, S>, at: usize, out: &mut Block<'_>) {
+        out.put_scale(0, rows.quad(at)[0].f16_low());
         for part in 0..2 {
             for (i, word) in rows.quad(at + 2 + 16 * part).into_iter().enumerate() {
-                q[4 * part + i] = word.map(|v| v ^ 0x8080_8080);
+                out.put_q(4 * part + i, word.xor(0x8080_8080));
             }
         }
     }
