@@ -105,6 +105,7 @@ impl Generation {
         wait_max: Duration,
     ) -> Self {
         let received = access.received();
+        access.set_sequences(valid.sequences().into());
         let sequences: Vec<Sequence> = (0..valid.sequences())
             .map(|number| Sequence::new(&valid, &assets, usize::from(number)))
             .collect();

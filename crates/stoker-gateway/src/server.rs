@@ -29,6 +29,7 @@ use crate::{
     guard::Ends,
     routes::{self, Gateway},
     seams::{Models, Placement, Status},
+    telemetry,
     text::TextCache,
 };
 
@@ -75,6 +76,7 @@ pub async fn serve(
     shutdown: Shutdown,
 ) -> io::Result<()> {
     let local = listener.local_addr()?;
+    telemetry::describe_metrics();
     let GatewayDeps { placement, models, backend, status } = deps;
     let ending = CancellationToken::new();
     let gateway = Arc::new(Gateway {

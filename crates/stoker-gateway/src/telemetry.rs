@@ -23,10 +23,32 @@ struct Record {
     code: Option<&'static str>,
     prompt_tokens: u32,
     output_tokens: u32,
+    sequences: u32,
     queued: Option<Duration>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     finished: bool,
+}
+
+/// Tells the metrics recorder what the gateway's metrics mean.
+pub(crate) fn describe_metrics() {
+    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+    describe_gauge!("stoker_gateway_connections", "Open client connections");
+    describe_gauge!("stoker_gateway_requests_in_flight", "Requests whose response has not ended");
+    describe_counter!(
+        "stoker_gateway_requests_total",
+        "Requests by route, status (499: the client left) and outcome"
+    );
+    describe_counter!("stoker_gateway_seat_retries_total", "Seats that were gone before their request began");
+    describe_counter!("stoker_gateway_prompt_tokens_total", "Tokens of prompts");
+    describe_counter!("stoker_gateway_output_tokens_total", "Generated tokens");
+    describe_histogram!("stoker_gateway_queue_seconds", Unit::Seconds, "Wait for a seat");
+    describe_histogram!("stoker_gateway_ttft_seconds", Unit::Seconds, "From arrival to the first token");
+    describe_histogram!(
+        "stoker_gateway_tpot_seconds",
+        Unit::Seconds,
+        "Between tokens of a sequence, mean of a request"
+    );
 }
 
 // === impl Access ===
@@ -45,6 +67,7 @@ impl Access {
             code: None,
             prompt_tokens: 0,
             output_tokens: 0,
+            sequences: 0,
             queued: None,
             first_token: None,
             last_token: None,
@@ -90,6 +113,10 @@ impl Access {
         record.last_token = last;
     }
 
+    pub(crate) fn set_sequences(&self, sequences: u32) {
+        self.0.lock().sequences = sequences;
+    }
+
     /// A stream's end, as its client saw it.
     pub(crate) fn set_finished(&self, code: Option<&'static str>) {
         let mut record = self.0.lock();
@@ -128,11 +155,12 @@ impl Drop for Record {
             if let Some(ttft) = ttft {
                 metrics::histogram!("stoker_gateway_ttft_seconds", "model" => name()).record(ttft);
             }
-            // Choices of one request come side by side: the time of a token is per sequence only for one of them.
+            // The time between two tokens of a sequence, on average; sequences of one request run side by side.
+            let steps = self.output_tokens.saturating_sub(self.sequences);
             if let (Some(first), Some(last)) = (self.first_token, self.last_token)
-                && self.output_tokens > 1
+                && steps > 0
             {
-                let tpot = (last - first) / (self.output_tokens - 1);
+                let tpot = (last - first) * self.sequences / steps;
                 metrics::histogram!("stoker_gateway_tpot_seconds", "model" => name()).record(tpot);
             }
         }

@@ -7,7 +7,7 @@ use stoker_types::{Phase, SeatInfo, Timeline};
 
 use crate::telemetry::ms;
 
-/// Header of every answer that isn't streamed: [`RequestTimeline`] as compact JSON. As a request header of a streamed
+/// Header of every answer that isn't streamed: phases and their times as compact JSON. As a request header of a streamed
 /// request it asks for a comment line `: x-stoker-timeline {...}` before `[DONE]`.
 pub const TIMELINE: &str = "x-stoker-timeline";
 /// Header: milliseconds that the request waited for its seat. Absent on a stream whose head was sent before.

@@ -1,5 +1,7 @@
 //! A gateway with a scripted worker behind a real Unix socket, a scripted placement, and a small HTTP client.
 
+mod text;
+
 use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
@@ -18,9 +20,7 @@ use hyper::{Request, Response, body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use stoker_checkpoint::{
-    GenerationDefaults, chat_template::ChatTemplate, text::TextAssets, tokenizer::Tokenizer,
-};
+use stoker_checkpoint::GenerationDefaults;
 use stoker_gateway::{
     GatewayConfig, GatewayDeps, ModelCard, ModelLookupError, Models, Placement, Seat, ServedModel, Shutdown,
     Status, WorkerPool, serve,
@@ -261,48 +261,6 @@ pub(crate) struct FakeModels {
     pub opened: Arc<AtomicUsize>,
 }
 
-/// Byte-level: the id of a byte is its value.
-pub(crate) fn text_assets() -> TextAssets {
-    let printable = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    let mut extra = 256;
-    let vocabulary: serde_json::Map<String, Value> = (0..256)
-        .map(|byte: u32| {
-            let code = if printable(byte) {
-                byte
-            } else {
-                extra += 1;
-                extra - 1
-            };
-            (char::from_u32(code).unwrap().to_string(), byte.into())
-        })
-        .collect();
-    let special = |id: u32, content: &str| {
-        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": true })
-    };
-    let byte_level =
-        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null,
-        "added_tokens": [special(256, "<|im_start|>"), special(257, "<|im_end|>")],
-        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
-        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-                   "vocab": vocabulary, "merges": [] },
-    });
-    let none = serde_json::Map::new();
-    let tokenizer = Tokenizer::from_json(tokenizer.to_string().as_bytes(), &none, &none).unwrap();
-    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
-                    {% if messages[0].content == 'refuse' %}{{ raise_exception('the template says no') }}{% endif %}\
-                    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-    TextAssets {
-        tokenizer: Arc::new(tokenizer),
-        template: Some(Arc::new(ChatTemplate::new(template).unwrap())),
-        template_problem: None,
-        end_ids: vec![END_OF_TURN],
-    }
-}
-
 impl FakeModels {
     pub(crate) fn new() -> Self {
         let opened = Arc::new(AtomicUsize::new(0));
@@ -315,7 +273,7 @@ impl FakeModels {
             defaults: GenerationDefaults { temperature: Some(0.25), ..GenerationDefaults::default() },
             text: Arc::new(move || {
                 count.fetch_add(1, Ordering::SeqCst);
-                Ok(text_assets())
+                Ok(text::text_assets())
             }),
         });
         Self { model, opened }
