@@ -96,7 +96,9 @@ impl ControllerHandle {
         let instances = known
             .instances
             .iter()
-            .filter_map(|id| state.instances.get(id).map(|instance| state.instance_status(*id, instance, now)))
+            .filter_map(|id| {
+                state.instances.get(id).map(|instance| state.instance_status(*id, instance, now))
+            })
             .collect();
         Some(Explanation {
             model: model.clone(),
@@ -236,7 +238,12 @@ impl State {
         self.model(key).instances.iter().any(ready)
     }
 
-    fn unload(&mut self, model: &ModelName, force: bool, now: Duration) -> Result<Vec<InstanceId>, UnloadError> {
+    fn unload(
+        &mut self,
+        model: &ModelName,
+        force: bool,
+        now: Duration,
+    ) -> Result<Vec<InstanceId>, UnloadError> {
         let ids = self.key(model).map(|key| self.model(key).instances.clone()).unwrap_or_default();
         if ids.is_empty() {
             return Err(UnloadError::NotLoaded { model: model.clone() });

@@ -204,7 +204,10 @@ impl Drop for Permit {
 
 impl fmt::Debug for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Permit").field("instance", &self.instance).field("sequences", &self.sequences).finish()
+        f.debug_struct("Permit")
+            .field("instance", &self.instance)
+            .field("sequences", &self.sequences)
+            .finish()
     }
 }
 

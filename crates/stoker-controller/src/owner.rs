@@ -22,7 +22,11 @@ use crate::{
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn spawn(config: Config, node: Arc<dyn NodeApi>, facts: Arc<dyn Facts>) -> (ControllerHandle, JoinHandle<()>) {
+pub fn spawn(
+    config: Config,
+    node: Arc<dyn NodeApi>,
+    facts: Arc<dyn Facts>,
+) -> (ControllerHandle, JoinHandle<()>) {
     telemetry::describe();
     let mut state = State::new(config);
     for model in facts.preloaded() {
@@ -156,11 +160,8 @@ impl Owner {
             return;
         }
         self.snapshot = Snapshot::Running { again: false };
-        let should_live = if std::mem::take(&mut self.reconcile) {
-            self.shared.state.lock().serving()
-        } else {
-            Vec::new()
-        };
+        let should_live =
+            if std::mem::take(&mut self.reconcile) { self.shared.state.lock().serving() } else { Vec::new() };
         let node = Arc::clone(&self.node);
         self.operations.spawn(async move {
             let snapshot = node.snapshot().await;
@@ -193,7 +194,12 @@ impl Owner {
                         .iter()
                         .find(|w| w.instance.as_ref().is_some_and(|(id, _)| *id == instance));
                     if worker.is_none() {
-                        state.lost(stoker_types::WorkerId::default(), Some(instance), "it has no worker", now);
+                        state.lost(
+                            stoker_types::WorkerId::default(),
+                            Some(instance),
+                            "it has no worker",
+                            now,
+                        );
                     }
                 }
                 drop(state);

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use stoker_types::{
-    InstanceId, ModelFacts, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure,
-    StopMode,
+    InstanceId, ModelFacts, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started,
+    StopFailure, StopMode,
 };
 use tokio::sync::broadcast;
 

@@ -229,7 +229,14 @@ impl State {
         self.residency = snapshot.residency.iter().cloned().collect();
     }
 
-    pub(crate) fn record(&mut self, instance: InstanceId, model: ModelKey, event: Event, terms: String, at: Duration) {
+    pub(crate) fn record(
+        &mut self,
+        instance: InstanceId,
+        model: ModelKey,
+        event: Event,
+        terms: String,
+        at: Duration,
+    ) {
         let model = self.model(model).facts.model.clone();
         tracing::debug!(%model, %instance, ?event, terms, "decided");
         if self.config.records_max == 0 {
@@ -324,7 +331,12 @@ impl State {
         }
     }
 
-    pub(crate) fn instance_status(&self, id: InstanceId, instance: &Instance, now: Duration) -> InstanceStatus {
+    pub(crate) fn instance_status(
+        &self,
+        id: InstanceId,
+        instance: &Instance,
+        now: Duration,
+    ) -> InstanceStatus {
         let model = self.model(instance.model);
         let (keep_alive, pinned) = (model.keep_alive(), model.pinned());
         let ready = matches!(instance.state, InstanceState::Ready | InstanceState::Draining);

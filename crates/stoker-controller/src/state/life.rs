@@ -71,7 +71,14 @@ impl State {
         }
     }
 
-    fn set_state(&mut self, id: InstanceId, state: InstanceState, event: Event, terms: String, now: Duration) {
+    fn set_state(
+        &mut self,
+        id: InstanceId,
+        state: InstanceState,
+        event: Event,
+        terms: String,
+        now: Duration,
+    ) {
         let Some(instance) = self.instances.get_mut(&id) else { return };
         instance.state = state;
         let key = instance.model;
@@ -249,7 +256,13 @@ impl State {
     }
 
     /// A worker died.
-    pub(crate) fn lost(&mut self, worker: WorkerId, instance: Option<InstanceId>, reason: &str, now: Duration) {
+    pub(crate) fn lost(
+        &mut self,
+        worker: WorkerId,
+        instance: Option<InstanceId>,
+        reason: &str,
+        now: Duration,
+    ) {
         let by_worker = || self.instances.iter().find(|(_, i)| i.worker == Some(worker)).map(|(id, _)| *id);
         let Some(id) = instance.or_else(by_worker) else { return };
         let Some(instance) = self.instances.get_mut(&id) else { return };

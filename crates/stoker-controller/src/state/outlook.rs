@@ -22,7 +22,12 @@ pub(crate) struct Outlook {
 
 impl State {
     /// What lies ahead of a request for this model that finds no free seat.
-    pub(crate) fn outlook(&self, key: ModelKey, prompt_tokens: u32, now: Duration) -> Result<Outlook, Refusal> {
+    pub(crate) fn outlook(
+        &self,
+        key: ModelKey,
+        prompt_tokens: u32,
+        now: Duration,
+    ) -> Result<Outlook, Refusal> {
         let model = self.model(key);
         let own = || model.instances.iter().filter_map(|id| self.instances.get(id));
         if let Some(ready) = own().find(|i| i.state == InstanceState::Ready) {
@@ -85,7 +90,9 @@ impl State {
     fn ahead(&self, now: Duration) -> Ahead {
         let mut ahead = Ahead::default();
         for instance in self.instances.values().filter(|i| i.state == InstanceState::Starting) {
-            let Some(ssd) = instance.estimate.copies.iter().find(|term| term.tier == Tier::Ssd) else { continue };
+            let Some(ssd) = instance.estimate.copies.iter().find(|term| term.tier == Tier::Ssd) else {
+                continue;
+            };
             let since = now.saturating_sub(instance.decided_at).saturating_sub(instance.estimate.queue);
             let left = 1.0 - since.as_secs_f64() / ssd.time.as_secs_f64().max(1e-6);
             if left > 0.0 {
@@ -125,7 +132,8 @@ impl State {
         pinned.sort_by_key(|i| i.model);
         pinned.dedup_by_key(|i| i.model);
         let held: ByteSize = pinned.iter().map(|i| i.sizing.pool_bytes + i.sizing.kv_bytes).sum();
-        let names: Vec<String> = pinned.iter().map(|i| format!("`{}`", self.model(i.model).facts.model)).collect();
+        let names: Vec<String> =
+            pinned.iter().map(|i| format!("`{}`", self.model(i.model).facts.model)).collect();
         let budgets = self.config.budgets;
         let sizing = model.sizing.as_ref().ok();
         let needed = sizing.map_or(ByteSize::ZERO, |s| s.pool_bytes + s.kv_bytes);

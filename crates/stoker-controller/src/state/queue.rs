@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
-use stoker_scheduler::{Robust, estimate::Seconds, residency::{InstanceState, ModelKey}};
+use stoker_scheduler::{
+    Robust,
+    estimate::Seconds,
+    residency::{InstanceState, ModelKey},
+};
 use stoker_types::{Admit, InstanceId, KeepAlive, ModelFacts, Phase, Refusal, SeatInfo, StartFailure};
 use tokio::sync::oneshot;
 
@@ -87,7 +91,13 @@ impl State {
     }
 
     /// Gives a seat back. True when the owner should look.
-    pub(crate) fn release(&mut self, id: InstanceId, sequences: u32, taken_at: Duration, now: Duration) -> bool {
+    pub(crate) fn release(
+        &mut self,
+        id: InstanceId,
+        sequences: u32,
+        taken_at: Duration,
+        now: Duration,
+    ) -> bool {
         // The seats of an instance that is gone went with it.
         let Some(instance) = self.instances.get_mut(&id) else { return false };
         assert!(instance.in_flight >= sequences, "a seat was given back twice");

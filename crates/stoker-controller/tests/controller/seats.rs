@@ -1,12 +1,8 @@
-//! The controller over a fake node, on paused time.
-
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
-mod common;
+//! Seats, queues, starts, stops: one behaviour each.
 
 use std::{sync::Arc, time::Duration};
 
-use common::{Rig, admit, keep, model, name};
+use crate::common::{Rig, admit, keep, model, name};
 use stoker_controller::{Event, UnloadError};
 use stoker_types::{
     ByteSize, ClientId, Generation, KeepAlive, NodeEvent, Phase, Refusal, StartFailure, StopMode, WorkerId,
@@ -77,7 +73,10 @@ async fn a_warm_request_waits_for_nothing_and_has_no_cold_start() {
     let before = Instant::now();
     let warm = rig.admit("a").await.unwrap();
     let info = &warm.seat.as_ref().unwrap().info;
-    assert_eq!((before.elapsed(), info.cold_start.is_none(), info.queued), (Duration::ZERO, true, Duration::ZERO));
+    assert_eq!(
+        (before.elapsed(), info.cold_start.is_none(), info.queued),
+        (Duration::ZERO, true, Duration::ZERO)
+    );
     assert_eq!(info.context, 1024);
 }
 

@@ -1,4 +1,7 @@
 //! A node that starts nothing, takes virtual time, and checks every order.
+//!
+//! What it finds wrong it writes down, and the rig's drop fails the test. An assertion wouldn't do: orders run in
+//! tasks whose panics the controller survives, as it should.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -16,8 +19,8 @@ use stoker_types::{
 };
 use tokio::{sync::broadcast, time::sleep};
 
-pub struct FakeNode {
-    pub budgets: Budgets,
+pub(crate) struct FakeNode {
+    pub(crate) budgets: Budgets,
     inner: Mutex<Inner>,
     events: broadcast::Sender<NodeEvent>,
     facts: Arc<FakeFacts>,
@@ -31,27 +34,29 @@ struct Inner {
     load: BTreeMap<ModelName, Duration>,
     failures: BTreeMap<ModelName, VecDeque<StartFailure>>,
     busy_answers: u32,
+    violations: Vec<String>,
     starts: Vec<ModelName>,
     stops: Vec<(ModelName, StopMode)>,
 }
 
 #[derive(Default)]
-pub struct FakeFacts {
+pub(crate) struct FakeFacts {
     models: Mutex<BTreeMap<ModelName, ModelFacts>>,
 }
 
 /// A controller over a fake node.
-pub struct Rig {
-    pub node: Arc<FakeNode>,
-    pub facts: Arc<FakeFacts>,
-    pub handle: ControllerHandle,
+pub(crate) struct Rig {
+    pub(crate) node: Arc<FakeNode>,
+    pub(crate) facts: Arc<FakeFacts>,
+    pub(crate) handle: ControllerHandle,
+    owner: tokio::task::JoinHandle<()>,
 }
 
-pub fn name(text: &str) -> ModelName {
+pub(crate) fn name(text: &str) -> ModelName {
     ModelName::new(text).unwrap()
 }
 
-pub fn model(text: &str, pool: u64) -> ModelFacts {
+pub(crate) fn model(text: &str, pool: u64) -> ModelFacts {
     ModelFacts {
         model: name(text),
         settings: ModelSettings { concurrency: 4, ..ModelSettings::default() },
@@ -62,7 +67,7 @@ pub fn model(text: &str, pool: u64) -> ModelFacts {
     }
 }
 
-pub fn admit(model: &str) -> Admit {
+pub(crate) fn admit(model: &str) -> Admit {
     Admit {
         model: name(model),
         request: RequestId("r".into()),
@@ -78,11 +83,11 @@ pub fn admit(model: &str) -> Admit {
 
 impl Rig {
     /// `dram` MiB of weights, 8 MiB of KV cache (four instances of 2 x 1,024 tokens), four workers.
-    pub fn new(dram: u64, models: Vec<ModelFacts>) -> Self {
+    pub(crate) fn new(dram: u64, models: Vec<ModelFacts>) -> Self {
         Self::with(dram, models, |_| {})
     }
 
-    pub fn with(dram: u64, models: Vec<ModelFacts>, change: impl FnOnce(&mut Config)) -> Self {
+    pub(crate) fn with(dram: u64, models: Vec<ModelFacts>, change: impl FnOnce(&mut Config)) -> Self {
         let budgets = Budgets { dram: ByteSize::mib(dram), kv: ByteSize::mib(8), slots: 4 };
         let mut config = Config::new(budgets);
         change(&mut config);
@@ -96,39 +101,39 @@ impl Rig {
             events: broadcast::Sender::new(64),
             facts: Arc::clone(&facts),
         });
-        let (handle, _owner) =
+        let (handle, owner) =
             spawn(config, Arc::clone(&node) as Arc<dyn NodeApi>, Arc::clone(&facts) as Arc<dyn Facts>);
-        Self { node, facts, handle }
+        Self { node, facts, handle, owner }
     }
 
-    pub async fn admit(&self, model: &str) -> Result<Used, Refusal> {
+    pub(crate) async fn admit(&self, model: &str) -> Result<Used, Refusal> {
         self.admit_as(admit(model)).await
     }
 
-    pub async fn admit_as(&self, admit: Admit) -> Result<Used, Refusal> {
+    pub(crate) async fn admit_as(&self, admit: Admit) -> Result<Used, Refusal> {
         let seat = self.handle.admit(admit).await?;
         Ok(Used::new(Arc::clone(&self.node), seat))
     }
 
     /// Takes a seat and gives it back at once.
-    pub async fn touch(&self, model: &str) {
+    pub(crate) async fn touch(&self, model: &str) {
         drop(self.admit(model).await.unwrap());
     }
 
-    pub fn states(&self) -> Vec<(String, &'static str)> {
+    pub(crate) fn states(&self) -> Vec<(String, &'static str)> {
         self.handle.instances().into_iter().map(|i| (i.model.to_string(), i.state)).collect()
     }
 
     /// Lets everything that is ready to run, run.
-    pub async fn turn(&self) {
+    pub(crate) async fn turn(&self) {
         sleep(Duration::from_micros(1)).await;
     }
 }
 
 /// A seat in use: the fake node knows of it, and complains when its instance is stopped.
-pub struct Used {
+pub(crate) struct Used {
     node: Arc<FakeNode>,
-    pub seat: Option<Seat>,
+    pub(crate) seat: Option<Seat>,
 }
 
 impl Used {
@@ -137,7 +142,7 @@ impl Used {
         Self { node, seat: Some(seat) }
     }
 
-    pub fn instance(&self) -> InstanceId {
+    pub(crate) fn instance(&self) -> InstanceId {
         self.seat.as_ref().unwrap().info.instance
     }
 }
@@ -153,36 +158,36 @@ impl Drop for Used {
 // === impl FakeNode ===
 
 impl FakeNode {
-    pub fn set_load(&self, model: &str, time: Duration) {
+    pub(crate) fn set_load(&self, model: &str, time: Duration) {
         self.inner.lock().load.insert(name(model), time);
     }
 
-    pub fn fail_next(&self, model: &str, failure: StartFailure) {
+    pub(crate) fn fail_next(&self, model: &str, failure: StartFailure) {
         self.inner.lock().failures.entry(name(model)).or_default().push_back(failure);
     }
 
-    pub fn answer_busy(&self, times: u32) {
+    pub(crate) fn answer_busy(&self, times: u32) {
         self.inner.lock().busy_answers = times;
     }
 
-    pub fn starts(&self) -> Vec<String> {
+    pub(crate) fn starts(&self) -> Vec<String> {
         self.inner.lock().starts.iter().map(ToString::to_string).collect()
     }
 
-    pub fn stops(&self) -> Vec<(String, StopMode)> {
+    pub(crate) fn stops(&self) -> Vec<(String, StopMode)> {
         self.inner.lock().stops.iter().map(|(model, mode)| (model.to_string(), *mode)).collect()
     }
 
-    pub fn live(&self) -> usize {
+    pub(crate) fn live(&self) -> usize {
         self.inner.lock().live.len()
     }
 
-    pub fn ready(&self) -> Vec<InstanceId> {
+    pub(crate) fn ready(&self) -> Vec<InstanceId> {
         self.inner.lock().ready.keys().copied().collect()
     }
 
     /// Kills an instance's worker. False when it isn't ready.
-    pub fn kill(&self, instance: InstanceId, tell: bool) -> bool {
+    pub(crate) fn kill(&self, instance: InstanceId, tell: bool) -> bool {
         let worker = {
             let mut inner = self.inner.lock();
             inner.live.remove(&instance);
@@ -200,19 +205,34 @@ impl FakeNode {
         true
     }
 
-    pub fn say(&self, event: NodeEvent) {
+    pub(crate) fn say(&self, event: NodeEvent) {
         let _ = self.events.send(event);
     }
 
-    fn check_budgets(&self, inner: &Inner) {
+    fn check_budgets(&self, inner: &mut Inner) {
         let mut weights: BTreeMap<&ModelName, ByteSize> = BTreeMap::new();
         for order in inner.live.values() {
             weights.insert(&order.model, self.facts.facts(&order.model).unwrap().pool_bytes);
         }
-        assert!(weights.into_values().sum::<ByteSize>() <= self.budgets.dram, "DRAM overcommitted");
+        let dram: ByteSize = weights.into_values().sum();
         let kv: ByteSize = inner.live.values().map(|order| order.kv_bytes).sum();
-        assert!(kv <= self.budgets.kv, "KV overcommitted");
-        assert!(inner.live.len() <= self.budgets.slots as usize, "more instances than workers");
+        let workers = inner.live.len();
+        let Budgets { dram: dram_max, kv: kv_max, slots } = self.budgets;
+        if dram > dram_max || kv > kv_max || workers > slots as usize {
+            inner.violations.push(format!("overcommitted: DRAM {dram}, KV {kv}, {workers} workers"));
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let violations = std::mem::take(&mut self.node.inner.lock().violations);
+            let count = violations.len();
+            assert_eq!(count, 0, "{:?} and so on", &violations[..count.min(3)]);
+            let ended = self.owner.is_finished() && !self.handle.status().shutting_down;
+            assert!(!ended, "the owner has ended before its time");
+        }
     }
 }
 
@@ -222,7 +242,7 @@ impl NodeApi for FakeNode {
         let (load, failure) = {
             let mut inner = self.inner.lock();
             inner.live.insert(order.instance, order.clone());
-            self.check_budgets(&inner);
+            self.check_budgets(&mut inner);
             inner.starts.push(order.model.clone());
             let load = inner.load.get(&order.model).copied().unwrap_or(Duration::from_millis(100));
             (load, inner.failures.get_mut(&order.model).and_then(VecDeque::pop_front))
@@ -233,14 +253,21 @@ impl NodeApi for FakeNode {
             inner.live.remove(&order.instance);
             return Err(failure);
         }
+        if !inner.live.contains_key(&order.instance) {
+            // Killed at the very moment at which it was reported as ready.
+            return Ok(Started {
+                worker: WorkerId(0),
+                socket: "/w/dead".into(),
+                timeline: Timeline::default(),
+            });
+        }
         let worker = WorkerId(u32::try_from(order.instance.0).unwrap());
         inner.ready.insert(order.instance, worker);
         let mut timeline = Timeline::default();
         timeline.record(Phase::SsdRead, None, load);
-        timeline.bytes.push(TierBytes {
-            tier: Tier::Ssd,
-            bytes: self.facts.facts(&order.model).unwrap().weight_bytes,
-        });
+        timeline
+            .bytes
+            .push(TierBytes { tier: Tier::Ssd, bytes: self.facts.facts(&order.model).unwrap().weight_bytes });
         Ok(Started { worker, socket: format!("/w/{}", worker.0).into(), timeline })
     }
 
@@ -248,12 +275,16 @@ impl NodeApi for FakeNode {
         sleep(Duration::from_millis(2)).await;
         let mut inner = self.inner.lock();
         if !inner.ready.contains_key(&instance) {
-            assert!(!inner.live.contains_key(&instance), "a loading instance was reaped");
+            if inner.live.contains_key(&instance) {
+                inner.violations.push(format!("{instance} was told to stop while it was loading"));
+            }
             return Err(StopFailure::Unknown { instance });
         }
         if mode == StopMode::IfIdle {
             let used = inner.in_use.get(&instance).copied().unwrap_or(0);
-            assert_eq!(used, 0, "a busy instance was told to stop");
+            if used > 0 {
+                inner.violations.push(format!("{instance} was told to stop with {used} seats in use"));
+            }
             if inner.busy_answers > 0 {
                 inner.busy_answers -= 1;
                 return Err(StopFailure::Busy { instance, sequences: 1 });
@@ -295,7 +326,7 @@ impl NodeApi for FakeNode {
 // === impl FakeFacts ===
 
 impl FakeFacts {
-    pub fn change(&self, model: &str, change: impl FnOnce(&mut ModelFacts)) {
+    pub(crate) fn change(&self, model: &str, change: impl FnOnce(&mut ModelFacts)) {
         change(self.models.lock().get_mut(&name(model)).unwrap());
     }
 }
@@ -310,6 +341,6 @@ impl Facts for FakeFacts {
     }
 }
 
-pub fn keep(seconds: u64) -> KeepAlive {
+pub(crate) fn keep(seconds: u64) -> KeepAlive {
     KeepAlive::For(Duration::from_secs(seconds))
 }
