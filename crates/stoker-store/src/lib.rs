@@ -1,1 +1,33 @@
-//! The tiers of the checkpoint store: SSD and DRAM, the load pipeline, the chunk cache
+//! The tiers of the checkpoint store: disk and memory, the load pipeline between them, the cache of chunks.
+//!
+//! [`Store::load`] makes a model resident in the pool's slots and returns a guard; a worker maps the slots
+//! (`stoker_io::MappedFile`) without copying. [`Store::stream`] passes a model through a few slots.
+//!
+//! One load is a list of chunk reads in execution order. Reading threads pull chunks to read, so nothing queues up that
+//! a more urgent load would have to wait for or that a cancelled one would leave behind. Each thread reads a chunk and
+//! checks it, while the others read. Room is promised when a load is accepted: loads never wait for each other's slots.
+//!
+//! Invariants:
+//! - a chunk enters the cache only after its sum was found right (or learned, when none was known);
+//! - a held model's chunks are not evicted; holds are values, given back by drop;
+//! - a load that fails or is cancelled leaves no chunk that it brought.
+
+mod cache;
+mod error;
+mod files;
+mod job;
+mod load;
+mod meter;
+mod report;
+mod shared;
+mod store;
+mod stream;
+mod transfer;
+
+pub use error::{LoadError, OpenError, Retry};
+pub use files::{CheckpointFiles, ChunkRef, FilesError, ModelKey, SourceFile};
+pub use job::Priority;
+pub use load::{FileSlots, Loading, Resident, Watermark};
+pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
+pub use store::{Evicted, Store, StoreConfig};
+pub use stream::{ChunkStream, StreamOptions, StreamedChunk};

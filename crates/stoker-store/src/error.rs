@@ -1,0 +1,172 @@
+//! Why a load failed.
+
+use std::{path::PathBuf, sync::Arc};
+
+use stoker_checkpoint::{ChunkSum, FileIdentity};
+use stoker_io::{FileStamp, PoolError, ReadError};
+use stoker_types::{ByteSize, ModelName};
+
+/// Why a store can't be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// There is no pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// There are no reading threads.
+    #[error("starting reading threads failed: {0}")]
+    Threads(std::io::Error),
+}
+
+/// Why a load failed. It has freed everything that it had taken.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// What is in use leaves too little room.
+    #[error(
+        "`{model}` needs {needed} of memory for weights; {free} of {budget} can be had, {mapped} are in use"
+    )]
+    OutOfBudget {
+        /// What was to be loaded.
+        model: ModelName,
+        /// What it takes.
+        needed: ByteSize,
+        /// What is free or may be evicted.
+        free: ByteSize,
+        /// What is mapped, being loaded, streamed or pinned.
+        mapped: ByteSize,
+        /// All there is.
+        budget: ByteSize,
+    },
+    /// A chunk was read twice, and its sum was wrong both times.
+    #[error(
+        "{path}: chunk {chunk} at byte {offset} has the sum {found}, not {expected}; read again past the page cache: {again}{}",
+        if found == again { ", the file is corrupt" } else { ", read differently twice: suspect disk or memory" }
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Index of the chunk.
+        chunk: u32,
+        /// Its first byte in the file.
+        offset: u64,
+        /// The sum that it should have.
+        expected: ChunkSum,
+        /// The sum that it had at first.
+        found: ChunkSum,
+        /// The sum that it had when read again. The same: the file is wrong; another: the disk or the memory is.
+        again: ChunkSum,
+    },
+    /// The file is no longer the one that was indexed.
+    #[error("{path} has changed since it was indexed: {}", change(was, is))]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What was indexed.
+        was: FileIdentity,
+        /// What is there; `None`: nothing.
+        is: Option<FileIdentity>,
+    },
+    /// Reading failed.
+    #[error("reading {path} (chunk at byte {offset}) failed: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// First byte of the read.
+        offset: u64,
+        /// The operating system's words.
+        source: ReadError,
+    },
+    /// Opening a file failed.
+    #[error("opening {path} failed: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's words.
+        source: Arc<std::io::Error>,
+    },
+    /// The files were described for another chunk size than the store's.
+    #[error("files described in chunks of {given}, the store's are of {store}")]
+    ChunkSize {
+        /// The files'.
+        given: ByteSize,
+        /// The store's.
+        store: ByteSize,
+    },
+    /// Nobody wants it any more.
+    #[error("the load was cancelled")]
+    Cancelled,
+    /// A read came to no end: a fault in the program.
+    #[error("a read of {path} was lost")]
+    Lost {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The store has been closed.
+    #[error("the store is closed")]
+    Closed,
+}
+
+/// When to try a failed load again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// At once, if it is still wanted.
+    Now,
+    /// After a while: the cause may pass.
+    Later,
+    /// When something that is in use has been let go.
+    WhenRoom,
+    /// After the model has been indexed anew.
+    AfterIndexing,
+    /// After the files have been fetched again.
+    AfterFetching,
+    /// Not.
+    Never,
+}
+
+// === impl LoadError ===
+
+impl LoadError {
+    /// When trying again makes sense.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::OutOfBudget { .. } => Retry::WhenRoom,
+            Self::Corrupt { .. } => Retry::AfterFetching,
+            Self::Changed { .. } => Retry::AfterIndexing,
+            Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } => Retry::Later,
+            Self::Cancelled => Retry::Now,
+            Self::ChunkSize { .. } | Self::Closed => Retry::Never,
+        }
+    }
+
+    /// A short name for metrics.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::OutOfBudget { .. } => "out_of_budget",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Changed { .. } => "changed",
+            Self::Read { .. } => "read",
+            Self::Open { .. } => "open",
+            Self::ChunkSize { .. } => "chunk_size",
+            Self::Cancelled => "cancelled",
+            Self::Lost { .. } => "lost",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// The manifest's form of what the disk says of a file.
+pub(crate) fn identity(stamp: FileStamp) -> FileIdentity {
+    FileIdentity { len: stamp.len, mtime_ns: stamp.mtime_ns, inode: stamp.inode }
+}
+
+fn change(was: &FileIdentity, is: &Option<FileIdentity>) -> String {
+    match is {
+        None => "it is gone".to_owned(),
+        Some(is) if is.len != was.len => format!("{} bytes, were {}", is.len, was.len),
+        Some(is) if is.inode != was.inode => "another file is in its place".to_owned(),
+        Some(_) => "it was written to".to_owned(),
+    }
+}

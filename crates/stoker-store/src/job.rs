@@ -1,0 +1,373 @@
+//! Loads and streams under way: which chunk is to be read next.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use stoker_checkpoint::ChunkSum;
+use stoker_io::{Chunk, ChunkBuf, ChunkPool, Filled, ReadMode, Reader};
+use tokio::sync::watch;
+
+use crate::{cache::Cache, error::LoadError, files::CheckpointFiles, report::LoadReport};
+
+/// A load or stream. Never reused, so what comes late for one that is gone is recognised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct JobId(u64);
+
+/// Which of several loads gets the disk. Equals take turns, chunk by chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Priority {
+    /// Nobody waits for it yet.
+    Prefetch,
+    /// Somebody waits.
+    #[default]
+    Demand,
+}
+
+/// How far a job is. Watched by those who wait for it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Progress {
+    /// Bytes ready from the beginning, without a gap, in execution order.
+    pub(crate) ready: u64,
+    /// How it ended.
+    pub(crate) end: Option<Result<Arc<LoadReport>, LoadError>>,
+}
+
+/// A load or stream.
+pub(crate) struct Job {
+    pub(crate) files: CheckpointFiles,
+    pub(crate) priority: Priority,
+    /// Turn in which it was last served.
+    served: u64,
+    stage: Stage,
+    mode: ReadMode,
+    readers: Vec<Arc<dyn Reader>>,
+    /// Places of the chunks yet to be read.
+    pending: VecDeque<usize>,
+    in_flight: usize,
+    pub(crate) target: Target,
+    pub(crate) progress: watch::Sender<Progress>,
+    pub(crate) tally: Tally,
+}
+
+/// Where a job's chunks go.
+pub(crate) enum Target {
+    /// To stay in memory.
+    Cache {
+        /// Places of the chunks that this job brought: they go when it fails.
+        brought: Vec<usize>,
+        /// Chunks from the beginning without a gap.
+        prefix: usize,
+    },
+    /// Through a bounded ring, in order.
+    Ring(Ring),
+}
+
+/// A stream's chunks between disk and consumer.
+pub(crate) struct Ring {
+    /// Most chunks in reads, ready and with the consumer.
+    pub(crate) window: usize,
+    /// As many are.
+    pub(crate) used: usize,
+    /// Read, not yet taken.
+    pub(crate) ready: BTreeMap<usize, (Chunk, ChunkSum)>,
+    /// Whether chunks that are in memory are read nevertheless.
+    pub(crate) fresh: bool,
+}
+
+/// What a job has done so far.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) started: Duration,
+    pub(crate) opened: Duration,
+    pub(crate) bytes_read: u64,
+    pub(crate) bytes_resident: u64,
+    pub(crate) read_time: Duration,
+    pub(crate) sum_time: Duration,
+    pub(crate) reread: u32,
+    pub(crate) evicted: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Files are to be opened.
+    Open,
+    /// A thread is opening them.
+    Opening,
+    /// Chunks are to be read.
+    Transfer,
+    /// All are; whether the files are still the same is to be checked.
+    Check,
+    /// A thread is checking.
+    Checking,
+}
+
+/// All jobs.
+#[derive(Default)]
+pub(crate) struct Jobs {
+    jobs: BTreeMap<JobId, Job>,
+    last: u64,
+    turn: u64,
+}
+
+/// What a reading thread is to do.
+pub(crate) enum Assignment {
+    /// Open the files and compare their identities.
+    Open { job: JobId, files: CheckpointFiles, mode: ReadMode },
+    /// Read a chunk and check it.
+    Read(ChunkRead),
+    /// Compare the files' identities once more.
+    Check { job: JobId, files: CheckpointFiles, readers: Vec<Arc<dyn Reader>> },
+}
+
+/// A chunk to be read.
+pub(crate) struct ChunkRead {
+    pub(crate) job: JobId,
+    pub(crate) files: CheckpointFiles,
+    /// Place in the order.
+    pub(crate) position: usize,
+    pub(crate) reader: Arc<dyn Reader>,
+    pub(crate) expected: Option<ChunkSum>,
+    pub(crate) buf: ChunkBuf,
+}
+
+// === impl Jobs ===
+
+impl Jobs {
+    /// A new job, to be opened.
+    pub(crate) fn add(
+        &mut self,
+        files: CheckpointFiles,
+        priority: Priority,
+        mode: ReadMode,
+        pending: impl IntoIterator<Item = usize>,
+        target: Target,
+        started: Duration,
+    ) -> (JobId, &mut Job) {
+        self.last += 1;
+        let job = Job {
+            files,
+            priority,
+            served: self.turn,
+            stage: Stage::Open,
+            mode,
+            readers: Vec::new(),
+            pending: pending.into_iter().collect(),
+            in_flight: 0,
+            target,
+            progress: watch::Sender::new(Progress::default()),
+            tally: Tally { started, ..Tally::default() },
+        };
+        let id = JobId(self.last);
+        (id, self.jobs.entry(id).or_insert(job))
+    }
+
+    pub(crate) fn get_mut(&mut self, id: JobId) -> Option<&mut Job> {
+        self.jobs.get_mut(&id)
+    }
+
+    pub(crate) fn remove(&mut self, id: JobId) -> Option<Job> {
+        self.jobs.remove(&id)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Ids, those that should go first when some must: the least urgent, the youngest.
+    pub(crate) fn expendable_first(&self) -> Vec<JobId> {
+        let mut ids: Vec<_> =
+            self.jobs.iter().map(|(id, job)| (job.priority, std::cmp::Reverse(*id))).collect();
+        ids.sort();
+        ids.into_iter().map(|(_, id)| id.0).collect()
+    }
+
+    /// The most urgent work that can be done now.
+    pub(crate) fn assign(
+        &mut self,
+        cache: &mut Cache,
+        pool: &ChunkPool,
+        now: Duration,
+        reload: Duration,
+    ) -> Option<Assignment> {
+        let mut turns: Vec<_> =
+            self.jobs.iter().map(|(id, job)| (std::cmp::Reverse(job.priority), job.served, *id)).collect();
+        turns.sort_unstable();
+        for (_, _, id) in turns {
+            let job = self.jobs.get_mut(&id)?;
+            let Some(assignment) = job.assign(id, cache, pool, now, reload) else { continue };
+            self.turn += 1;
+            job.served = self.turn;
+            return Some(assignment);
+        }
+        None
+    }
+}
+
+// === impl Job ===
+
+impl Job {
+    fn assign(
+        &mut self,
+        id: JobId,
+        cache: &mut Cache,
+        pool: &ChunkPool,
+        now: Duration,
+        reload: Duration,
+    ) -> Option<Assignment> {
+        match self.stage {
+            // Open -> Opening: one thread opens all files.
+            Stage::Open => {
+                self.stage = Stage::Opening;
+                Some(Assignment::Open { job: id, files: self.files.clone(), mode: self.mode })
+            }
+            // Check -> Checking: one thread checks all files.
+            Stage::Check => {
+                self.stage = Stage::Checking;
+                Some(Assignment::Check { job: id, files: self.files.clone(), readers: self.readers.clone() })
+            }
+            Stage::Transfer => {
+                self.pass_on_resident(cache);
+                self.settle();
+                if self.stage == Stage::Check {
+                    return self.assign(id, cache, pool, now, reload);
+                }
+                self.next_read(id, cache, pool, now, reload).map(Assignment::Read)
+            }
+            Stage::Opening | Stage::Checking => None,
+        }
+    }
+
+    fn next_read(
+        &mut self,
+        id: JobId,
+        cache: &mut Cache,
+        pool: &ChunkPool,
+        now: Duration,
+        reload: Duration,
+    ) -> Option<ChunkRead> {
+        let position = *self.pending.front()?;
+        if let Target::Ring(ring) = &self.target
+            && ring.used >= ring.window
+        {
+            return None;
+        }
+        let (buf, evicted) = cache.take_slot(pool, now, reload)?;
+        self.pending.pop_front();
+        self.in_flight += 1;
+        self.tally.evicted += evicted;
+        if let Target::Ring(ring) = &mut self.target {
+            ring.used += 1;
+        }
+        let chunk = self.files.order()[position];
+        Some(ChunkRead {
+            job: id,
+            files: self.files.clone(),
+            position,
+            reader: Arc::clone(&self.readers[chunk.file as usize]),
+            expected: cache
+                .model(self.files.key())
+                .map_or(self.files.sum(chunk), |model| model.sum(position)),
+            buf,
+        })
+    }
+
+    /// A stream's next chunks that are in memory already need no read.
+    fn pass_on_resident(&mut self, cache: &Cache) {
+        let Target::Ring(ring) = &mut self.target else { return };
+        if ring.fresh {
+            return;
+        }
+        let Some(model) = cache.model(self.files.key()) else { return };
+        while let Some(&position) = self.pending.front()
+            && ring.used < ring.window
+            && let (Some(chunk), Some(sum)) = (model.chunk(position), model.sum(position))
+        {
+            self.pending.pop_front();
+            ring.used += 1;
+            ring.ready.insert(position, (chunk.clone(), sum));
+            let len = self.files.chunk_len(self.files.order()[position]);
+            self.tally.bytes_resident += len;
+            self.progress.send_modify(|progress| progress.ready += len);
+        }
+    }
+
+    /// Opening -> Transfer.
+    pub(crate) fn opened(&mut self, readers: Vec<Arc<dyn Reader>>, now: Duration) {
+        self.readers = readers;
+        self.tally.opened = now;
+        self.stage = Stage::Transfer;
+    }
+
+    /// A chunk has been read and is right.
+    pub(crate) fn arrived(
+        &mut self,
+        cache: &mut Cache,
+        position: usize,
+        buf: ChunkBuf,
+        sum: ChunkSum,
+        filled: &Filled,
+    ) {
+        let len = self.files.chunk_len(self.files.order()[position]);
+        self.in_flight -= 1;
+        self.tally.bytes_read += len;
+        self.tally.read_time += filled.read_time;
+        self.tally.sum_time += filled.sum_time;
+        let chunk = buf.freeze(usize::try_from(len).unwrap_or(usize::MAX));
+        match &mut self.target {
+            Target::Cache { brought, prefix } => {
+                // The entry stays for as long as the load holds it.
+                if let Some(model) = cache.model_mut(self.files.key()) {
+                    model.insert(position, chunk, sum);
+                    brought.push(position);
+                    let reached = model.prefix_from(*prefix);
+                    let order = &self.files.order()[*prefix..reached];
+                    let ready: u64 = order.iter().map(|chunk| self.files.chunk_len(*chunk)).sum();
+                    *prefix = reached;
+                    if ready > 0 {
+                        self.progress.send_modify(|progress| progress.ready += ready);
+                    }
+                }
+            }
+            Target::Ring(ring) => {
+                if let Some(model) = cache.model_mut(self.files.key()) {
+                    model.learn(position, sum);
+                }
+                ring.ready.insert(position, (chunk, sum));
+                self.progress.send_modify(|progress| progress.ready += len);
+            }
+        }
+        self.settle();
+    }
+
+    /// Transfer -> Check, once nothing is left to be read.
+    fn settle(&mut self) {
+        if self.stage == Stage::Transfer && self.pending.is_empty() && self.in_flight == 0 {
+            self.stage = Stage::Check;
+        }
+    }
+
+    /// What it did.
+    pub(crate) fn report(&self, cache: &Cache, now: Duration) -> LoadReport {
+        let model = cache.model(self.files.key());
+        let unknown_before =
+            self.files.files().iter().any(|file| file.chunk_sums.is_empty() && file.identity.len > 0);
+        let learned = model.filter(|_| unknown_before).and_then(|model| model.all_sums());
+        let Tally { started, opened, bytes_read, bytes_resident, read_time, sum_time, reread, evicted } =
+            self.tally;
+        LoadReport {
+            bytes: crate::load::tier_bytes(bytes_resident, bytes_read),
+            total: now.saturating_sub(started),
+            open: opened.saturating_sub(started),
+            transfer: now.saturating_sub(opened),
+            read_thread_time: read_time,
+            verify_thread_time: sum_time,
+            readers: self.readers.iter().map(|reader| reader.choice().clone()).collect(),
+            learned: learned.map(|sums| self.files.by_file(ChunkSum(0), sums)),
+            reread,
+            evicted,
+        }
+    }
+}

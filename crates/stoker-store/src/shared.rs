@@ -1,0 +1,382 @@
+//! What the facade, the reading threads and every guard share. One lock; nothing is read or waited for under it.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::{Mutex, MutexGuard};
+use stoker_checkpoint::ChunkSum;
+use stoker_io::{ChunkBuf, ChunkPool, Filled, Open, ReadMode, Reader, Wake};
+use stoker_types::{ByteSize, ModelName, Tier, TierRate, clock};
+use tokio::sync::watch;
+
+use crate::{
+    cache::Cache,
+    error::LoadError,
+    files::{CheckpointFiles, ModelKey},
+    job::{Assignment, Job, JobId, Jobs, Priority, Progress, Target},
+    meter::Meter,
+    report::{EvictReason, StoreStats},
+    transfer::reload_time,
+};
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    pub(crate) pool: ChunkPool,
+    pub(crate) opener: Arc<dyn Open>,
+    pub(crate) wake: Wake,
+    pub(crate) mode: ReadMode,
+    /// Grows with each change of what is in memory.
+    pub(crate) changes: watch::Sender<u64>,
+    origin: clock::Instant,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) cache: Cache,
+    pub(crate) jobs: Jobs,
+    meter: Meter,
+    bytes_read: u64,
+    closed: bool,
+}
+
+/// How a wish for a model begins.
+pub(crate) enum Begun {
+    /// Everything is in memory.
+    Resident,
+    /// A load is under way, perhaps since before.
+    Loading {
+        /// How far it is.
+        progress: watch::Receiver<Progress>,
+        /// It was under way before.
+        joined: bool,
+    },
+}
+
+// === impl Shared ===
+
+impl Shared {
+    pub(crate) fn new(pool: ChunkPool, opener: Arc<dyn Open>, mode: ReadMode) -> Self {
+        Self {
+            state: Mutex::default(),
+            pool,
+            opener,
+            wake: Wake::default(),
+            mode,
+            changes: watch::Sender::new(0),
+            origin: clock::now(),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    pub(crate) fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    pub(crate) fn bytes_of(&self, slots: usize) -> ByteSize {
+        ByteSize(slots as u64 * self.pool.chunk_bytes() as u64)
+    }
+
+    fn budget(&self) -> usize {
+        self.pool.usage().budget as usize
+    }
+
+    fn reload(&self, state: &State) -> Duration {
+        reload_time(self.pool.chunk_bytes() as u64, state.meter.rate())
+    }
+
+    // --- wishes ---
+
+    /// Holds a model, and loads it if need be. On success the caller owns one hold.
+    pub(crate) fn begin(&self, files: &CheckpointFiles, priority: Priority) -> Result<Begun, LoadError> {
+        let state = &mut *self.lock();
+        self.check(state, files)?;
+        let now = self.now();
+        let key = files.key();
+        let model = state.cache.enter(files);
+        if model.is_complete() {
+            model.touch(now);
+            model.hold();
+            self.publish(state);
+            return Ok(Begun::Resident);
+        }
+        if let Some(job) = model.load.and_then(|id| state.jobs.get_mut(id)) {
+            job.priority = job.priority.max(priority);
+            model.touch(now);
+            model.hold();
+            return Ok(Begun::Loading { progress: job.progress.subscribe(), joined: true });
+        }
+        let needed = files.order().len();
+        let room = state.cache.room(self.budget(), Some(key));
+        if needed > room.free {
+            return Err(self.out_of_budget(&key.name, needed, room.free, room.held));
+        }
+        let model = state.cache.enter(files);
+        model.touch(now);
+        model.hold();
+        let missing: Vec<_> = model.missing().collect();
+        let resident = model.resident_bytes().bytes();
+        let prefix = model.prefix_from(0);
+        let target = Target::Cache { brought: Vec::new(), prefix };
+        let (id, job) = state.jobs.add(files.clone(), priority, self.mode, missing, target, now);
+        model.load = Some(id);
+        job.tally.bytes_resident = resident;
+        let ready = files.order()[..prefix].iter().map(|chunk| files.chunk_len(*chunk)).sum();
+        let progress = job.progress.subscribe();
+        job.progress.send_modify(|progress| progress.ready = ready);
+        self.publish(state);
+        self.wake.wake();
+        Ok(Begun::Loading { progress, joined: false })
+    }
+
+    /// Gives a hold back. The last one cancels the load.
+    pub(crate) fn release(&self, key: &ModelKey) {
+        let state = &mut *self.lock();
+        let Some(model) = state.cache.model_mut(key) else { return };
+        if !model.release() {
+            return;
+        }
+        if let Some(id) = model.load {
+            self.end(state, id, Err(LoadError::Cancelled));
+        }
+        let (now, reload) = (self.now(), self.reload(state));
+        state.cache.shrink(&self.pool, now, reload);
+        self.changed(state);
+    }
+
+    /// Begins a stream of at most `window` chunks at a time, fewer if there is less room.
+    pub(crate) fn begin_stream(
+        &self,
+        files: &CheckpointFiles,
+        priority: Priority,
+        window: usize,
+        fresh: bool,
+    ) -> Result<(JobId, usize, watch::Receiver<Progress>), LoadError> {
+        let state = &mut *self.lock();
+        self.check(state, files)?;
+        let room = state.cache.room(self.budget(), None);
+        let window = window.min(files.order().len()).max(1).min(room.free);
+        if window == 0 {
+            return Err(self.out_of_budget(&files.key().name, 1, 0, room.held));
+        }
+        state.cache.set_aside(window);
+        let ring = crate::job::Ring { window, used: 0, ready: std::collections::BTreeMap::new(), fresh };
+        let mode = if fresh { ReadMode::Uncached } else { self.mode };
+        let all = 0..files.order().len();
+        let (id, job) = state.jobs.add(files.clone(), priority, mode, all, Target::Ring(ring), self.now());
+        let progress = job.progress.subscribe();
+        self.wake.wake();
+        Ok((id, window, progress))
+    }
+
+    /// A stream is gone, or its consumer has let go of the last chunk.
+    pub(crate) fn give_back(&self, slots: usize) {
+        self.lock().cache.give_back(slots);
+        self.wake.wake();
+    }
+
+    fn check(&self, state: &State, files: &CheckpointFiles) -> Result<(), LoadError> {
+        if state.closed {
+            return Err(LoadError::Closed);
+        }
+        let store = self.pool.chunk_bytes() as u64;
+        if files.chunk_bytes() != store {
+            return Err(LoadError::ChunkSize {
+                given: ByteSize(files.chunk_bytes()),
+                store: ByteSize(store),
+            });
+        }
+        Ok(())
+    }
+
+    fn out_of_budget(&self, model: &ModelName, needed: usize, free: usize, held: usize) -> LoadError {
+        LoadError::OutOfBudget {
+            model: model.clone(),
+            needed: self.bytes_of(needed),
+            free: self.bytes_of(free),
+            mapped: self.bytes_of(held),
+            budget: self.bytes_of(self.budget()),
+        }
+    }
+
+    // --- reading threads ---
+
+    pub(crate) fn assign(&self) -> Option<Assignment> {
+        let state = &mut *self.lock();
+        let (now, reload) = (self.now(), self.reload(state));
+        state.jobs.assign(&mut state.cache, &self.pool, now, reload)
+    }
+
+    pub(crate) fn opened(&self, id: JobId, opened: Result<Vec<Arc<dyn Reader>>, LoadError>) {
+        {
+            let state = &mut *self.lock();
+            match opened {
+                Err(error) => self.end(state, id, Err(error)),
+                Ok(readers) => {
+                    let Some(job) = state.jobs.get_mut(id) else { return };
+                    for (file, reader) in job.files.files().iter().zip(&readers) {
+                        let model = &job.files.key().name;
+                        tracing::info!(%model, path = %file.path.display(), choice = %reader.choice(), "reading");
+                    }
+                    job.opened(readers, self.now());
+                }
+            }
+        }
+        self.wake.wake();
+    }
+
+    pub(crate) fn read_begins(&self) {
+        let now = self.now();
+        self.lock().meter.begin(now);
+    }
+
+    pub(crate) fn read_ended(&self, bytes: u64) {
+        let now = self.now();
+        self.lock().meter.end(now, bytes);
+    }
+
+    /// A chunk is there and right. If its job is gone, so is the chunk.
+    pub(crate) fn arrived(
+        &self,
+        id: JobId,
+        position: usize,
+        buf: ChunkBuf,
+        sum: ChunkSum,
+        filled: &Filled,
+        again: bool,
+    ) {
+        {
+            let state = &mut *self.lock();
+            if let Some(job) = state.jobs.get_mut(id) {
+                job.tally.reread += u32::from(again);
+                state.bytes_read += job.files.chunk_len(job.files.order()[position]);
+                job.arrived(&mut state.cache, position, buf, sum, filled);
+            } else {
+                drop(buf);
+            }
+        }
+        // Also for a job that is gone: its slot is free now.
+        self.wake.wake();
+    }
+
+    pub(crate) fn finished(&self, id: JobId, checked: Result<(), LoadError>) {
+        let state = &mut *self.lock();
+        self.end(state, id, checked);
+        self.changed(state);
+    }
+
+    pub(crate) fn fail(&self, id: JobId, error: LoadError) {
+        self.finished(id, Err(error));
+        self.wake.wake();
+    }
+
+    /// Ends a job. When it failed, everything that it brought goes.
+    fn end(&self, state: &mut State, id: JobId, end: Result<(), LoadError>) {
+        let Some(job) = state.jobs.remove(id) else { return };
+        let now = self.now();
+        state.meter.sample(now);
+        let Job { files, target, progress, .. } = &job;
+        let name = &files.key().name;
+        let end = end.map(|()| Arc::new(job.report(&state.cache, now)));
+        let mut dropped = 0;
+        if let Target::Cache { brought, .. } = target
+            && let Some(model) = state.cache.model_mut(files.key())
+        {
+            model.load = None;
+            if end.is_err() {
+                brought.iter().for_each(|position| model.drop_chunk(*position));
+                dropped = brought.len();
+            }
+        }
+        state.cache.count(EvictReason::Failed, dropped);
+        let outcome = match &end {
+            Ok(report) => {
+                tracing::info!(model = %name, from_disk = %report.bytes_from(Tier::Ssd), time = ?report.total, "loaded");
+                metrics::histogram!("stoker_store_load_seconds").record(report.total.as_secs_f64());
+                "ok"
+            }
+            Err(error) => {
+                tracing::info!(model = %name, %error, "load ended");
+                error.name()
+            }
+        };
+        let kind = if matches!(target, Target::Cache { .. }) { "load" } else { "stream" };
+        metrics::counter!("stoker_store_loads_total", "kind" => kind, "outcome" => outcome).increment(1);
+        progress.send_modify(|progress| progress.end = Some(end));
+    }
+
+    // --- budget, eviction, statistics ---
+
+    /// Lowers or raises the budget. Loads that no longer fit fail, the least urgent first.
+    pub(crate) fn set_budget(&self, budget: ByteSize) {
+        {
+            let state = &mut *self.lock();
+            self.pool.set_budget(budget);
+            for id in state.jobs.expendable_first() {
+                let room = state.cache.room(self.budget(), None);
+                if room.held <= self.budget() {
+                    break;
+                }
+                let Some(job) = state.jobs.get_mut(id) else { continue };
+                if matches!(job.target, Target::Ring(_)) {
+                    // A stream goes on with what it has: its slots come back when it ends.
+                    continue;
+                }
+                let needed = job.files.order().len();
+                let error = self.out_of_budget(&job.files.key().name.clone(), needed, room.free, room.held);
+                self.end(state, id, Err(error));
+            }
+            let (now, reload) = (self.now(), self.reload(state));
+            state.cache.shrink(&self.pool, now, reload);
+            self.changed(state);
+        }
+        self.wake.wake();
+    }
+
+    /// Ends every job; nothing begins any more.
+    pub(crate) fn close(&self) {
+        let state = &mut *self.lock();
+        state.closed = true;
+        for id in state.jobs.expendable_first() {
+            self.end(state, id, Err(LoadError::Closed));
+        }
+    }
+
+    pub(crate) fn rates(&self) -> Vec<TierRate> {
+        vec![TierRate { tier: Tier::Ssd, rate: self.lock().meter.rate() }]
+    }
+
+    pub(crate) fn stats(&self) -> StoreStats {
+        let rates = self.rates();
+        let state = &*self.lock();
+        StoreStats {
+            budget: self.bytes_of(self.budget()),
+            used: self.bytes_of(self.pool.usage().in_use as usize),
+            mapped: self.bytes_of(state.cache.room(0, None).held),
+            residency: state.cache.residency(),
+            rates,
+            evictions: state.cache.evictions(),
+            loading: state.jobs.len(),
+            bytes_read: ByteSize(state.bytes_read),
+        }
+    }
+
+    /// What is in memory has changed.
+    pub(crate) fn changed(&self, state: &State) {
+        self.publish(state);
+        self.changes.send_modify(|version| *version += 1);
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floating-point numbers")]
+    fn publish(&self, state: &State) {
+        metrics::gauge!("stoker_store_budget_bytes").set(self.bytes_of(self.budget()).bytes() as f64);
+        metrics::gauge!("stoker_store_used_bytes")
+            .set(self.bytes_of(self.pool.usage().in_use as usize).bytes() as f64);
+        metrics::gauge!("stoker_store_mapped_bytes")
+            .set(self.bytes_of(state.cache.room(0, None).held).bytes() as f64);
+        if let Some(rate) = state.meter.rate() {
+            metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => "ssd").set(rate.0);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The store's handle.
+
+use std::{io, os::fd::OwnedFd, sync::Arc};
+
+use stoker_checkpoint::manifest::CHUNK_BYTES;
+use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadThreads, Work};
+use stoker_types::{ByteSize, ModelName, TierRate};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::{LoadError, OpenError},
+    files::CheckpointFiles,
+    job::Priority,
+    load::{Loading, Resident},
+    report::{EvictReason, StoreStats},
+    shared::Shared,
+    stream::{ChunkStream, StreamOptions},
+    transfer::Puller,
+};
+
+/// What a store is made with.
+#[derive(Clone)]
+pub struct StoreConfig {
+    /// Bytes of address space for chunks: the budget never exceeds it.
+    pub capacity: ByteSize,
+    /// Bytes that may be in use, at first.
+    pub budget: ByteSize,
+    /// Bytes of a chunk: [`CHUNK_BYTES`], other values for tests.
+    pub chunk: ByteSize,
+    /// Threads that read and check.
+    pub read_threads: usize,
+    /// How files are read, unless a stream says otherwise.
+    pub read_mode: ReadMode,
+    /// What opens files.
+    pub opener: Arc<dyn Open>,
+}
+
+/// The checkpoint store of one server: disk and memory tiers. A cheap handle; when the last one is dropped, loads end
+/// with [`LoadError::Closed`] and the reading threads end. Guards keep their chunks beyond that.
+///
+/// Its functions don't wait for the disk unless they are async.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+    _owner: Arc<Owner>,
+}
+
+struct Owner {
+    shared: Arc<Shared>,
+    threads: Option<ReadThreads>,
+}
+
+/// What an eviction that was asked for did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Evicted {
+    /// Bytes of chunks that went.
+    pub freed: ByteSize,
+    /// Bytes of chunks that stayed because somebody holds them.
+    pub held: ByteSize,
+}
+
+// === impl StoreConfig ===
+
+impl StoreConfig {
+    /// A store of `budget` bytes with the defaults.
+    #[must_use]
+    pub fn new(budget: ByteSize) -> Self {
+        Self {
+            capacity: budget,
+            budget,
+            chunk: ByteSize(CHUNK_BYTES),
+            // Measured: one thread reaches this disk's limit, and more don't lose any; four also cover the checksums
+            // and the wait between requests on faster disks.
+            read_threads: 4,
+            read_mode: ReadMode::Auto,
+            opener: Arc::new(LocalFiles::default()),
+        }
+    }
+}
+
+// === impl Store ===
+
+impl Store {
+    /// Opens a store: makes the pool and starts the reading threads.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(config: StoreConfig) -> Result<Self, OpenError> {
+        let StoreConfig { capacity, budget, chunk, read_threads, read_mode, opener } = config;
+        let pool = ChunkPool::new(capacity.max(budget), chunk)?;
+        pool.set_budget(budget);
+        let shared = Arc::new(Shared::new(pool, opener, read_mode));
+        let work: Arc<dyn Work> = Arc::new(Puller(Arc::clone(&shared)));
+        let threads =
+            ReadThreads::start(read_threads, &work, shared.wake.clone()).map_err(OpenError::Threads)?;
+        let owner = Arc::new(Owner { shared: Arc::clone(&shared), threads: Some(threads) });
+        Ok(Self { shared, _owner: owner })
+    }
+
+    /// Begins to load a model, or joins the load that is under way. See [`Loading::wait`].
+    ///
+    /// # Errors
+    /// [`LoadError::OutOfBudget`], at once, when what others hold leaves too little room; `ChunkSize`; `Closed`.
+    pub fn begin(&self, files: &CheckpointFiles, priority: Priority) -> Result<Loading, LoadError> {
+        Loading::begin(&self.shared, files, priority)
+    }
+
+    /// Makes a model resident: every chunk in memory and checked. Loads of one model at the same time are one load.
+    /// Cancelled by `cancel` or by dropping the future; the load itself goes on while others want it.
+    ///
+    /// # Errors
+    /// [`LoadError`]; nothing that the load brought is left in memory then.
+    pub async fn load(
+        &self,
+        files: &CheckpointFiles,
+        priority: Priority,
+        cancel: &CancellationToken,
+    ) -> Result<Resident, LoadError> {
+        self.begin(files, priority)?.wait(cancel).await
+    }
+
+    /// Passes every chunk of a model through a bounded ring, keeping none.
+    ///
+    /// # Errors
+    /// [`LoadError::OutOfBudget`] when there isn't room for one chunk; `ChunkSize`; `Closed`.
+    pub fn stream(&self, files: &CheckpointFiles, options: StreamOptions) -> Result<ChunkStream, LoadError> {
+        ChunkStream::begin(&self.shared, files, options)
+    }
+
+    /// Pins a model: what is in memory of it is not evicted to make room.
+    pub fn pin(&self, model: &ModelName) {
+        self.shared.lock().cache.set_pinned(model, true);
+    }
+
+    /// Takes a pin away.
+    pub fn unpin(&self, model: &ModelName) {
+        self.shared.lock().cache.set_pinned(model, false);
+        self.shared.wake.wake();
+    }
+
+    /// Evicts what is in memory of a model, pinned or not, apart from what is held, and gives all free memory back to
+    /// the operating system.
+    pub async fn evict(&self, model: &ModelName) -> Evicted {
+        let model = model.clone();
+        self.evict_where(move |name| *name == model).await
+    }
+
+    /// Evicts everything that isn't held, and gives all free memory back to the operating system.
+    pub async fn drop_all(&self) -> Evicted {
+        self.evict_where(|_| true).await
+    }
+
+    /// As [`Self::evict`], and forgets what was learned about the model: it is gone for good.
+    pub async fn forget(&self, model: &ModelName) -> Evicted {
+        let evicted = self.evict(model).await;
+        self.shared.lock().cache.forget(model);
+        evicted
+    }
+
+    /// Sets the budget, at most the capacity. Evicts what exceeds it, fails loads that no longer fit, and gives free
+    /// memory back. What is held stays; the excess goes as it is let go.
+    pub async fn set_budget(&self, budget: ByteSize) {
+        self.shared.set_budget(budget);
+        self.release_memory().await;
+    }
+
+    /// A read-only descriptor of the pool, for a worker.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn pool_fd(&self) -> io::Result<OwnedFd> {
+        self.shared.pool.read_only_fd()
+    }
+
+    /// Bytes of a chunk.
+    #[must_use]
+    pub fn chunk_bytes(&self) -> u64 {
+        self.shared.pool.chunk_bytes() as u64
+    }
+
+    /// Its state now.
+    #[must_use]
+    pub fn stats(&self) -> StoreStats {
+        self.shared.stats()
+    }
+
+    /// Measured rates: bytes from the medium over time in which reads were under way.
+    #[must_use]
+    pub fn rates(&self) -> Vec<TierRate> {
+        self.shared.rates()
+    }
+
+    /// Changes whenever what is in memory does.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes.subscribe()
+    }
+
+    async fn evict_where(&self, which: impl Fn(&ModelName) -> bool) -> Evicted {
+        let evicted = {
+            let state = &mut *self.shared.lock();
+            let (freed, held) = state.cache.evict(which, EvictReason::Asked);
+            self.shared.changed(state);
+            Evicted { freed: self.shared.bytes_of(freed), held: self.shared.bytes_of(held) }
+        };
+        self.release_memory().await;
+        evicted
+    }
+
+    async fn release_memory(&self) {
+        self.shared.wake.wake();
+        let pool = self.shared.pool.clone();
+        // Punching holes takes about a millisecond a chunk.
+        match tokio::task::spawn_blocking(move || pool.release_free()).await {
+            Ok(Ok(released)) => tracing::debug!(%released, "memory given back"),
+            Ok(Err(error)) => tracing::warn!(%error, "free chunks could not be given back to the system"),
+            Err(error) => tracing::warn!(%error, "giving memory back was cut short"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("pool", &self.shared.pool).finish_non_exhaustive()
+    }
+}
+
+// === impl Owner ===
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shared.close();
+        drop(self.threads.take());
+    }
+}

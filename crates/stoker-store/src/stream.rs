@@ -1,0 +1,201 @@
+//! A model's chunks one after another through a few slots: for what is larger than memory, and for checking.
+
+use std::{fmt, ops::Deref, sync::Arc};
+
+use stoker_checkpoint::ChunkSum;
+use stoker_io::Chunk;
+use tokio::sync::watch;
+
+use crate::{
+    error::LoadError,
+    files::{CheckpointFiles, ChunkRef},
+    job::{JobId, Priority, Progress, Target},
+    report::LoadReport,
+    shared::Shared,
+};
+
+/// How to stream.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamOptions {
+    /// Most chunks between disk and consumer, those that the consumer holds included. Fewer if there is less room, at
+    /// least one. Four keep the disk busy while the consumer works.
+    pub ring_chunks: usize,
+    /// Against other loads.
+    pub priority: Priority,
+    /// Reads everything from the medium, also what is in memory or in the page cache: to check it.
+    pub fresh: bool,
+}
+
+/// A stream of chunks. Dropped, it ends within one chunk.
+pub struct ChunkStream {
+    job: JobId,
+    files: CheckpointFiles,
+    next: usize,
+    progress: watch::Receiver<Progress>,
+    lease: Arc<Lease>,
+    report: Option<Arc<LoadReport>>,
+}
+
+/// A checked chunk. Dropped, its slot serves the stream's next chunk.
+#[derive(Debug)]
+pub struct StreamedChunk {
+    // Dropped before the seat: whoever is woken by that finds the slot free.
+    chunk: Chunk,
+    at: ChunkRef,
+    sum: ChunkSum,
+    _seat: Seat,
+}
+
+/// A place in the ring.
+struct Seat {
+    job: JobId,
+    lease: Arc<Lease>,
+}
+
+/// The slots set aside for a stream, for as long as it or one of its chunks lives.
+struct Lease {
+    shared: Arc<Shared>,
+    slots: usize,
+}
+
+// === impl StreamOptions ===
+
+impl Default for StreamOptions {
+    fn default() -> Self {
+        Self { ring_chunks: 8, priority: Priority::Demand, fresh: false }
+    }
+}
+
+// === impl ChunkStream ===
+
+impl ChunkStream {
+    pub(crate) fn begin(
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+        options: StreamOptions,
+    ) -> Result<Self, LoadError> {
+        let StreamOptions { ring_chunks, priority, fresh } = options;
+        let (job, slots, progress) = shared.begin_stream(files, priority, ring_chunks, fresh)?;
+        let lease = Arc::new(Lease { shared: Arc::clone(shared), slots });
+        Ok(Self { job, files: files.clone(), next: 0, progress, lease, report: None })
+    }
+
+    /// The next chunk in execution order; `None` after the last. Waits for a place in the ring: who holds as many
+    /// chunks as it has must drop one first. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`LoadError`]; the stream has ended then.
+    pub async fn next(&mut self) -> Result<Option<StreamedChunk>, LoadError> {
+        loop {
+            // Before looking, so that what comes in between isn't missed.
+            let end = self.progress.borrow_and_update().end.clone();
+            if let Some(chunk) = self.take() {
+                return Ok(Some(chunk));
+            }
+            match end {
+                Some(Ok(report)) => {
+                    self.report = Some(report);
+                    return Ok(None);
+                }
+                Some(Err(error)) => return Err(error),
+                None => self.progress.changed().await.map_err(|_| LoadError::Closed)?,
+            }
+        }
+    }
+
+    /// What the stream did, once it has ended well.
+    #[must_use]
+    pub fn report(&self) -> Option<&LoadReport> {
+        self.report.as_deref()
+    }
+
+    /// Chunks that the ring has.
+    #[must_use]
+    pub fn ring_chunks(&self) -> usize {
+        self.lease.slots
+    }
+
+    fn take(&mut self) -> Option<StreamedChunk> {
+        let (chunk, sum) = {
+            let mut state = self.lease.shared.lock();
+            let Target::Ring(ring) = &mut state.jobs.get_mut(self.job)?.target else { return None };
+            ring.ready.remove(&self.next)?
+        };
+        let at = self.files.order()[self.next];
+        self.next += 1;
+        Some(StreamedChunk { chunk, at, sum, _seat: Seat { job: self.job, lease: Arc::clone(&self.lease) } })
+    }
+}
+
+impl Drop for ChunkStream {
+    fn drop(&mut self) {
+        self.lease.shared.fail(self.job, LoadError::Cancelled);
+    }
+}
+
+impl fmt::Debug for ChunkStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChunkStream")
+            .field("files", &self.files)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl StreamedChunk ===
+
+impl StreamedChunk {
+    /// Which chunk of which file.
+    #[must_use]
+    pub fn at(&self) -> ChunkRef {
+        self.at
+    }
+
+    /// Its sum: known before and found right, or learned now.
+    #[must_use]
+    pub fn sum(&self) -> ChunkSum {
+        self.sum
+    }
+
+    /// Where in the pool it lies.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.chunk.slot()
+    }
+}
+
+impl Deref for StreamedChunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.chunk
+    }
+}
+
+// === impl Seat, Lease ===
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        {
+            let mut state = self.lease.shared.lock();
+            if let Some(job) = state.jobs.get_mut(self.job)
+                && let Target::Ring(ring) = &mut job.target
+            {
+                ring.used -= 1;
+            }
+        }
+        self.lease.shared.wake.wake();
+    }
+}
+
+impl fmt::Debug for Seat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seat").field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.shared.give_back(self.slots);
+    }
+}

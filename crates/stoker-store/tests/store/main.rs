@@ -1,0 +1,8 @@
+//! The store against real files on a real disk.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
+mod cache;
+mod common;
+mod load;
+mod soak;
