@@ -15,8 +15,8 @@ mod json;
 pub mod manifest;
 mod names;
 pub mod safetensors;
-pub mod sums;
 pub mod stop;
+pub mod sums;
 pub mod text;
 pub mod tokenizer;
 
@@ -24,7 +24,7 @@ pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
 pub use error::CheckpointError;
 pub use index::index;
 pub use manifest::{
-    ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source, Tensor, TokenizerFiles,
-    Trust, WeightFile, identity_of,
+    ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source,
+    Tensor, TokenizerFiles, Trust, WeightFile, identity_of,
 };
 pub use sums::chunk_sum;

@@ -6,8 +6,8 @@ use std::{
 };
 
 use stoker_checkpoint::{
-    CheckpointError, Format, Manifest, ManifestSummary, Part, Role, RopeLayout, RopeScaling, Source,
-    TokenizerFiles, Trust, index,
+    CheckpointError, Format, Manifest, ManifestSummary, Part, Role, RopeLayout, RopeScaling, TokenizerFiles,
+    Trust, index,
 };
 use stoker_types::DType;
 
