@@ -87,6 +87,11 @@ pub(crate) fn cover(
     groups: &[Group],
     nodes_max: u32,
 ) -> Option<Vec<usize>> {
+    let mut all = groups.to_vec();
+    let everything = candidates.iter().fold(Space::default(), |sum, c| sum.plus(take(&mut all, c)));
+    if !everything.covers(&deficit) {
+        return None;
+    }
     let mut order: Vec<(usize, Candidate)> = candidates.iter().copied().enumerate().collect();
     order.sort_unstable_by_key(|(at, candidate)| (candidate.cost, *at));
     let mut rest = vec![Space::default(); order.len() + 1];

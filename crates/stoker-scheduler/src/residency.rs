@@ -226,6 +226,8 @@ struct Planner<'a> {
     groups: Vec<ModelGroup>,
     group_of: Vec<usize>,
     claimed: Vec<Option<ModelKey>>,
+    /// Of each instance, computed once: it is asked for by every demand that is tried.
+    costs: Vec<u64>,
     wakeup: Option<Duration>,
     /// Some demand found no room.
     blocked: bool,
@@ -448,6 +450,11 @@ impl<'a> Planner<'a> {
             groups,
             group_of,
             claimed: vec![None; view.instances.len()],
+            costs: if view.demands.is_empty() {
+                Vec::new()
+            } else {
+                view.instances.iter().map(|instance| rules.eviction_cost(instance, now)).collect()
+            },
             wakeup: None,
             blocked: false,
             shifts,
@@ -485,10 +492,8 @@ impl<'a> Planner<'a> {
         }
         let deficit = need.minus(self.free.plus(self.freeing));
         let turn = turn(demand, self.rules);
-        // Idle ones alone if they suffice; busy ones only for a model that nobody serves.
-        if self.claim(demand, turn, deficit, false)
-            || (busy && !serving && self.claim(demand, turn, deficit, true))
-        {
+        // Busy ones only for a model that nobody serves.
+        if self.claim(demand, turn, deficit, busy && !serving) {
             self.promise(need);
             return Outcome::Promised;
         }
@@ -506,9 +511,10 @@ impl<'a> Planner<'a> {
         self.free = self.free.minus(self.free.shared(need.minus(coming)));
     }
 
+    /// Chooses who makes room: idle ones alone if they suffice.
     fn claim(&mut self, demand: &DemandView, turn: Turn, deficit: Space, busy: bool) -> bool {
-        let mut candidates = Vec::with_capacity(self.view.instances.len());
-        let mut members = Vec::with_capacity(self.view.instances.len());
+        let mut candidates = Vec::new();
+        let mut members = Vec::new();
         for (at, instance) in self.view.instances.iter().enumerate() {
             if let Some(cost) = self.cost(at, instance, demand, turn)
                 && (busy || cost < COST_BUSY)
@@ -517,8 +523,12 @@ impl<'a> Planner<'a> {
                 members.push(at);
             }
         }
+        if candidates.is_empty() {
+            return false;
+        }
         let groups: Vec<Group> =
             self.groups.iter().map(|g| Group { staying: g.staying, dram: g.dram }).collect();
+        // A busy victim costs more than all idle ones together, so the cheapest set has no busy one without need.
         let Some(set) = cover(deficit, &candidates, &groups, NODES_MAX) else { return false };
         for at in set {
             let (at, candidate) = (members[at], candidates[at]);
@@ -540,7 +550,7 @@ impl<'a> Planner<'a> {
         let resident = self.rules.resident_until(instance) <= self.now;
         let own_turn = self.groups[self.group_of[at]].own_turn;
         let idle = instance.in_flight == 0 && instance.settled_at <= self.now;
-        let cost = self.rules.eviction_cost(instance, self.now);
+        let cost = self.costs[at];
         if idle && own_turn.is_none() && (resident || waited) {
             return Some(cost);
         }
