@@ -148,6 +148,8 @@ impl EngineThread {
                     Err(_) => break,
                 }
             }
+            // Before the step, too: if it never ends, the node has to see that there were sequences.
+            self.publish();
             if !self.is_idle() {
                 self.step();
             }

@@ -34,7 +34,7 @@ pub const EXIT_PANIC: u8 = 70;
 pub const EXIT_FAILED: u8 = 71;
 
 /// What a worker process is told on its command line. Everything else comes from its node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WorkerArgs {
     /// Threads that a model computes with when the load order doesn't say; 0: as many as there are cores.
     pub threads: u32,
@@ -101,13 +101,7 @@ fn exit_on_panic() {
     }));
 }
 
-// === impl WorkerArgs, WorkerLimits ===
-
-impl Default for WorkerArgs {
-    fn default() -> Self {
-        Self { threads: 0, standin: None, limits: WorkerLimits::default() }
-    }
-}
+// === impl WorkerLimits ===
 
 impl Default for WorkerLimits {
     fn default() -> Self {

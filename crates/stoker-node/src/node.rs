@@ -1,0 +1,378 @@
+//! The node: orders in, outcomes out.
+
+use std::{
+    fs::{File, TryLockError},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use stoker_proto::control::{FileSlots, Load};
+use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
+use stoker_types::{
+    ByteSize, InstanceId, ModelName, NodeEvent, NodeSnapshot, Phase, StartFailure, StartOrder, Started,
+    StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
+};
+use tokio::sync::{broadcast, oneshot};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    Catalog, CatalogEntry, NodeConfig, NodeError, WorkerConfig,
+    fleet::{self, Fleet, Lease, NoWorker, WorkerView},
+    lodging::{Instances, Tenancy},
+    spawn,
+    worker::{Busy, LoadFailure, LoadTimes, Lodging, Order},
+};
+
+/// Events that a slow listener may be behind; it is told when it has missed some.
+const EVENTS_MAX: usize = 256;
+
+/// Longest path of a Unix socket, bytes (`sun_path`, with its end).
+const SOCKET_PATH_MAX: usize = 107;
+
+/// Longest name of a worker's socket below the runtime directory.
+const SOCKET_NAME: &str = "/workers/w4294967295.sock";
+
+/// What a worker may take beyond its streams' grace to end.
+const KILL_AFTER: Duration = Duration::from_secs(7);
+
+/// A server's agent. A cheap handle.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    catalog: Arc<dyn Catalog>,
+    fleet: Fleet,
+    instances: Instances,
+    events: broadcast::Sender<NodeEvent>,
+    threads: u32,
+    /// Ends the task that tells of what changes in memory.
+    _telling: DropGuard,
+    /// Held for as long as the node lives: another one must not use the directory.
+    _lock: File,
+}
+
+/// Why a model could not be brought into memory.
+pub type PreloadFailure = StartFailure;
+
+// === impl Node ===
+
+impl Node {
+    /// Opens the node and begins to start its first workers. Needs a runtime's context.
+    ///
+    /// # Errors
+    /// [`NodeError`].
+    pub fn open(config: NodeConfig, store: Store, catalog: Arc<dyn Catalog>) -> Result<Self, NodeError> {
+        let NodeConfig { runtime_dir, workers } = config;
+        if workers.command.is_empty() {
+            return Err(NodeError::NoWorkerCommand);
+        }
+        let (sockets, lock) = prepare(&runtime_dir)?;
+        let pool = store.pool_fd().map_err(NodeError::Pool)?;
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        let WorkerConfig { threads, .. } = workers;
+        let fleet = Fleet::new(workers, sockets, pool, events.clone());
+        let instances = Instances::default();
+        let telling = tell_changes(&store, events.clone());
+        let inner =
+            Inner { store, catalog, fleet, instances, events, threads, _telling: telling, _lock: lock };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Starts an instance: its weights into the pool, a worker for it, the one mapped by the other.
+    ///
+    /// Cancel-safe: dropping the future leaves nothing of it (a read under way comes to its end in the background, and
+    /// a worker that has the model already lets it go).
+    ///
+    /// # Errors
+    /// [`StartFailure`]; nothing is left then.
+    pub async fn start(&self, order: StartOrder) -> Result<Started, StartFailure> {
+        let model = order.model.clone();
+        let begun = tokio::time::Instant::now();
+        let tenancy = self.inner.instances.begin(&order)?;
+        let cancel = tenancy.cancel.clone();
+        // Whatever way this future ends before its end, the instance goes.
+        let guard = cancel.clone().drop_guard();
+        let outcome = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(StartFailure::Cancelled { model: model.clone() }),
+            outcome = self.bring_up(order, tenancy) => outcome,
+        };
+        let label = if outcome.is_ok() { "ok" } else { "failed" };
+        metrics::counter!("stoker_node_loads_total", "outcome" => label).increment(1);
+        let started = outcome?;
+        for phase in &started.timeline.phases {
+            metrics::histogram!("stoker_node_load_seconds", "phase" => phase.phase.name())
+                .record(phase.actual.as_secs_f64());
+        }
+        tracing::info!(%model, worker = %started.worker, took = ?begun.elapsed(), "instance started");
+        guard.disarm();
+        Ok(started)
+    }
+
+    async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
+        let StartOrder { instance, generation, model, context, sequences_max, kv_bytes } = order;
+        let entry = self.lookup(&model)?;
+        let (lease, resident) =
+            tokio::try_join!(self.take_worker(&model), self.bring_in(&model, &entry, Priority::Demand))?;
+
+        let report = resident.report().clone();
+        let manifest_json = serde_json::to_vec(&*entry.manifest)
+            .map_err(|e| StartFailure::NotRunnable { model: model.clone(), why: e.to_string() })?;
+        let load = Load {
+            instance: instance.0,
+            generation: generation.0,
+            manifest_json: manifest_json.into(),
+            chunk_bytes: self.inner.store.chunk_bytes(),
+            files: file_slots(&resident),
+            context,
+            sequences_max,
+            kv_bytes: kv_bytes.bytes(),
+            threads: self.inner.threads,
+        };
+        let worker = lease.handle().clone();
+        let died = || StartFailure::Worker {
+            model: model.clone(),
+            detail: "it died before it took the model".into(),
+        };
+        let lodging = Lodging { _weights: Box::new(resident), tenancy };
+        let (reply, times) = oneshot::channel();
+        lease.load(Order::Load { load, lodging, reply }).await;
+        let LoadTimes { map, init } = times.await.map_err(|_| died())?.map_err(|failure| match failure {
+            LoadFailure::NotRunnable(why) => StartFailure::NotRunnable { model: model.clone(), why },
+            LoadFailure::Worker(detail) => StartFailure::Worker { model: model.clone(), detail },
+        })?;
+        let socket = worker.socket.clone();
+        let id = worker.worker;
+        self.inner.instances.serving(instance, worker);
+        Ok(Started { worker: id, socket, timeline: timeline(&report, map, init) })
+    }
+
+    /// Stops an instance and returns its worker to the idle ones. The chunks stay as cache. Returns when nothing has
+    /// them mapped any more. Dropping the future takes nothing back.
+    ///
+    /// # Errors
+    /// [`StopFailure::Busy`] with [`StopMode::IfIdle`] when sequences are running (or it is starting: 0 sequences).
+    pub async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<(), StopFailure> {
+        let Some(entry) = self.inner.instances.get(instance) else {
+            return Err(StopFailure::Unknown { instance });
+        };
+        match (mode, entry.worker) {
+            (StopMode::IfIdle, None) => return Err(StopFailure::Busy { instance, sequences: 0 }),
+            (StopMode::IfIdle, Some(worker)) => {
+                let (reply, outcome) = oneshot::channel();
+                worker.give(Order::Unload { instance, force: false, reply }).await;
+                // No answer: the worker has died, and the instance with it.
+                if let Ok(Err(Busy { sequences })) = outcome.await {
+                    return Err(StopFailure::Busy { instance, sequences });
+                }
+            }
+            (StopMode::Now, _) => entry.cancel.cancel(),
+        }
+        entry.gone.cancelled().await;
+        Ok(())
+    }
+
+    /// Brings a model into memory without an instance. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`StartFailure`].
+    pub async fn preload(&self, model: &ModelName) -> Result<(), PreloadFailure> {
+        let entry = self.lookup(model)?;
+        self.bring_in(model, &entry, Priority::Prefetch).await?;
+        Ok(())
+    }
+
+    /// Drops what of a model is in memory and not in use, and gives the memory back to the operating system.
+    pub async fn evict(&self, model: &ModelName) -> Evicted {
+        self.inner.store.evict(model).await
+    }
+
+    /// What the node says by itself, from now on.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<NodeEvent> {
+        self.inner.events.subscribe()
+    }
+
+    /// The state now. Reads a file of `/proc` for each worker.
+    #[must_use]
+    pub fn snapshot(&self) -> NodeSnapshot {
+        let stats = self.inner.store.stats();
+        let workers: Vec<WorkerStatus> = self.inner.fleet.view().into_iter().map(status).collect();
+        let gauge = |tier: &'static str, bytes: ByteSize| {
+            #[expect(clippy::cast_precision_loss, reason = "a metric")]
+            metrics::gauge!("stoker_node_bytes", "tier" => tier).set(bytes.bytes() as f64);
+        };
+        gauge("dram", stats.used);
+        gauge("dram_mapped", stats.mapped);
+        gauge("worker_private", workers.iter().map(|w| w.private_bytes).sum());
+        let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
+        metrics::gauge!("stoker_node_workers").set(count(workers.len()));
+        metrics::gauge!("stoker_node_instances").set(count(self.inner.instances.len()));
+        NodeSnapshot {
+            dram_budget: stats.budget,
+            dram_used: stats.used,
+            dram_mapped: stats.mapped,
+            residency: stats.residency.into_iter().map(|r| (r.model, r.prefix)).collect(),
+            rates: stats.rates,
+            workers,
+        }
+    }
+
+    /// Waits until a worker is ready for a model. Cancel-safe.
+    ///
+    /// # Errors
+    /// In words, why none can be.
+    pub async fn ready(&self) -> Result<(), String> {
+        self.inner.fleet.take().await.map(drop).map_err(|e| e.to_string())
+    }
+
+    /// Ends everything: no start any more, running streams may take `grace`, then no process is left.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.inner.instances.close();
+        self.inner.fleet.shutdown(grace, KILL_AFTER).await;
+    }
+
+    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
+        let entry = self
+            .inner
+            .catalog
+            .lookup(model)
+            .ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })?;
+        let refusal = match (&entry.manifest.refusal, &entry.manifest.config) {
+            (None, Some(_)) => return Ok(entry),
+            (Some(why), _) => why.clone(),
+            (None, None) => "it has no configuration".into(),
+        };
+        Err(StartFailure::NotRunnable { model: model.clone(), why: refusal })
+    }
+
+    async fn take_worker(&self, model: &ModelName) -> Result<Lease, StartFailure> {
+        self.inner.fleet.take().await.map_err(|no_worker| match no_worker {
+            NoWorker::Stopping => StartFailure::Cancelled { model: model.clone() },
+            other => StartFailure::Worker { model: model.clone(), detail: other.to_string() },
+        })
+    }
+
+    async fn bring_in(
+        &self,
+        model: &ModelName,
+        entry: &CatalogEntry,
+        priority: Priority,
+    ) -> Result<Resident, StartFailure> {
+        let CatalogEntry { dir, manifest } = entry;
+        let files = CheckpointFiles::from_manifest(model.clone(), dir, manifest)
+            .map_err(|e| StartFailure::NotRunnable { model: model.clone(), why: e.to_string() })?;
+        // Cancelled by dropping this future.
+        let loaded = self.inner.store.load(&files, priority, &CancellationToken::new()).await;
+        let resident = loaded.map_err(|e| start_failure(model, e))?;
+        if !resident.joined() {
+            let report = resident.report();
+            let bytes = report.bytes_from(Tier::Ssd);
+            if bytes > ByteSize::ZERO {
+                self.inner.fleet.tell(NodeEvent::Measured {
+                    model: model.clone(),
+                    bytes,
+                    time: report.total,
+                });
+                metrics::counter!("stoker_node_bytes_read_total", "tier" => "ssd").increment(bytes.bytes());
+            }
+            if let Some(sums) = report.learned.clone() {
+                let (catalog, model) = (Arc::clone(&self.inner.catalog), model.clone());
+                // Writes a file. Nobody waits for it: at worst the sums are learned again.
+                drop(tokio::task::spawn_blocking(move || catalog.learned(&model, sums)));
+            }
+        }
+        Ok(resident)
+    }
+}
+
+/// Tells of changes of what is in memory until the guard is dropped. Changes that come together are told once.
+fn tell_changes(store: &Store, events: broadcast::Sender<NodeEvent>) -> DropGuard {
+    let mut changes = store.changes();
+    let stop = CancellationToken::new();
+    let stopped = stop.clone().cancelled_owned();
+    tokio::spawn(async move {
+        let told = async {
+            while changes.changed().await.is_ok() {
+                // Without a listener nobody wants to know.
+                let _ = events.send(NodeEvent::ResidencyChanged);
+            }
+        };
+        tokio::select! {
+            () = told => {}
+            () = stopped => {}
+        }
+    });
+    stop.drop_guard()
+}
+
+/// Makes the directories, takes the lock, removes the sockets of a node that is gone.
+fn prepare(runtime_dir: &Path) -> Result<(PathBuf, File), NodeError> {
+    let failed = |source| NodeError::RuntimeDir { path: runtime_dir.to_owned(), source };
+    let max = SOCKET_PATH_MAX - SOCKET_NAME.len();
+    if runtime_dir.as_os_str().len() > max {
+        return Err(NodeError::PathTooLong { path: runtime_dir.to_owned(), max });
+    }
+    let sockets = runtime_dir.join("workers");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&sockets).map_err(failed)?;
+    // It may have been there, made by somebody more generous.
+    std::fs::set_permissions(&sockets, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
+    let lock = File::create(runtime_dir.join("node.lock")).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(NodeError::InUse { path: runtime_dir.to_owned() }),
+        Err(TryLockError::Error(error)) => return Err(failed(error)),
+    }
+    for entry in std::fs::read_dir(&sockets).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|e| e == "sock") {
+            std::fs::remove_file(&path).map_err(failed)?;
+        }
+    }
+    Ok((sockets, lock))
+}
+
+fn file_slots(resident: &Resident) -> Vec<FileSlots> {
+    resident.files().iter().map(|file| FileSlots { len: file.len, slots: file.slots.clone() }).collect()
+}
+
+fn timeline(report: &LoadReport, map: Duration, init: Duration) -> Timeline {
+    let mut timeline = Timeline { phases: Vec::new(), bytes: report.bytes.clone() };
+    if report.bytes_from(Tier::Ssd) > ByteSize::ZERO {
+        timeline.record(Phase::SsdRead, None, report.total);
+        timeline.record(Phase::Verify, None, report.verify_thread_time);
+    }
+    timeline.record(Phase::DeviceCopy, None, map);
+    timeline.record(Phase::Init, None, init);
+    timeline
+}
+
+fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
+    let model = model.clone();
+    let detail = error.to_string();
+    match error {
+        LoadError::OutOfBudget { needed, free, .. } => {
+            StartFailure::OutOfMemory { model, needed, free, detail }
+        }
+        LoadError::Corrupt { .. } | LoadError::Changed { .. } => StartFailure::Corrupt { model, detail },
+        LoadError::Cancelled | LoadError::Closed => StartFailure::Cancelled { model },
+        _ => StartFailure::Read { model, detail },
+    }
+}
+
+fn status(view: WorkerView) -> WorkerStatus {
+    let WorkerView { worker, pid, phase } = view;
+    let (state, instance) = match phase {
+        fleet::Phase::Starting => (WorkerState::Starting, None),
+        fleet::Phase::Idle | fleet::Phase::Reserved | fleet::Phase::Ending => (WorkerState::Idle, None),
+        fleet::Phase::Loading(tenant) => (WorkerState::Loading, tenant),
+        fleet::Phase::Serving(tenant) | fleet::Phase::Unloading(tenant) => (WorkerState::Serving, tenant),
+    };
+    let private_bytes = ByteSize(spawn::private_bytes(pid).unwrap_or(0));
+    WorkerStatus { worker, pid, state, instance, private_bytes }
+}

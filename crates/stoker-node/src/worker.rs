@@ -1,0 +1,523 @@
+//! One worker process and the task that owns it.
+//!
+//! ```text
+//! starting --Hello--> idle --Load--> loading --Loaded--> serving --Unload--> unloading --Unloaded--> idle
+//!                                       |                   ^                    |
+//!                                       +--LoadFailed-> idle +---UnloadRefused----+
+//! ```
+//!
+//! Whatever the state, the process may die: then the task gives back what the instance held, says why, and ends. What
+//! an instance holds (its chunks in the pool) is dropped only after the worker has said `Unloaded` or has been waited
+//! for: nobody reuses memory that a process has mapped.
+
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use stoker_proto::{
+    FrameReader, FrameWriter, PROTOCOL_VERSION,
+    control::{self, FromWorker, Hello, Load, Ping, Pong, ToWorker, Unload, from_worker, to_worker},
+};
+use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
+use tokio::{
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    process::Child,
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{
+    Watchdog,
+    fleet::{Fleet, Phase},
+    lodging::Tenancy,
+    spawn::{self, Process, SocketFile},
+};
+
+/// Orders that may wait for a worker's task, and frames that may wait for a worker.
+const QUEUE_MAX: usize = 32;
+
+/// How long a process may take from closing its control connection to its end, and its last lines to be read.
+const END_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// Gives orders to a worker. A cheap handle.
+#[derive(Clone)]
+pub(crate) struct WorkerHandle {
+    pub(crate) worker: WorkerId,
+    pub(crate) pid: u32,
+    pub(crate) socket: PathBuf,
+    pub(crate) orders: mpsc::Sender<Order>,
+}
+
+/// What a worker's task is asked to do.
+pub(crate) enum Order {
+    /// Take a model. The worker must be idle: whoever gives the order has reserved it.
+    Load { load: Load, lodging: Lodging, reply: oneshot::Sender<Result<LoadTimes, LoadFailure>> },
+    /// Let the instance go.
+    Unload { instance: InstanceId, force: bool, reply: oneshot::Sender<Result<(), Busy>> },
+    /// End the process, streams first.
+    Shutdown { grace: Duration },
+    /// End the process.
+    Kill,
+}
+
+/// What an instance holds while a worker has it mapped. Dropped in this order.
+pub(crate) struct Lodging {
+    /// Keeps the chunks in the pool.
+    pub(crate) _weights: Box<dyn Send>,
+    pub(crate) tenancy: Arc<Tenancy>,
+}
+
+/// What a load took in the worker.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LoadTimes {
+    pub(crate) map: Duration,
+    pub(crate) init: Duration,
+}
+
+/// Why a load failed.
+#[derive(Debug)]
+pub(crate) enum LoadFailure {
+    /// The model can't be computed.
+    NotRunnable(String),
+    /// The worker could not take it, or died.
+    Worker(String),
+}
+
+/// Sequences are running.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Busy {
+    pub(crate) sequences: u32,
+}
+
+/// The task's own side.
+pub(crate) struct WorkerTask {
+    worker: WorkerId,
+    fleet: Fleet,
+    watchdog: Watchdog,
+    child: Child,
+    process: Ends,
+    reader: FrameReader<OwnedReadHalf>,
+    /// To the task that writes: a worker that doesn't read must not hold up this one.
+    frames: mpsc::Sender<to_worker::Kind>,
+    orders: mpsc::Receiver<Order>,
+    handle: WorkerHandle,
+    state: State,
+    pulse: Pulse,
+    /// Why it is being killed by us.
+    killed: Option<String>,
+    /// It was told to end.
+    dismissed: bool,
+}
+
+/// Parts of the process that only matter at its end.
+struct Ends {
+    lines: spawn::LastLines,
+    forwarding: tokio::task::JoinHandle<()>,
+    _socket: SocketFile,
+}
+
+enum State {
+    Starting,
+    Idle,
+    Loading { lodging: Lodging, reply: oneshot::Sender<Result<LoadTimes, LoadFailure>> },
+    Serving { lodging: Lodging },
+    Unloading { lodging: Lodging, replies: Vec<oneshot::Sender<Result<(), Busy>>>, force: bool },
+}
+
+/// What the pings have shown.
+#[derive(Debug, Default)]
+struct Pulse {
+    number: u64,
+    unanswered: u32,
+    steps: u64,
+    /// Pongs in a row with sequences and the same step count.
+    without_step: u32,
+    /// Intervals in the present state.
+    intervals: u32,
+}
+
+// === impl WorkerHandle ===
+
+impl WorkerHandle {
+    /// Gives an order. When the worker's task has ended the order is dropped, and with it its reply.
+    pub(crate) async fn give(&self, order: Order) {
+        let _ = self.orders.send(order).await;
+    }
+}
+
+impl fmt::Debug for WorkerHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerHandle")
+            .field("worker", &self.worker)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl WorkerTask ===
+
+impl WorkerTask {
+    pub(crate) fn new(
+        worker: WorkerId,
+        process: Process,
+        watchdog: Watchdog,
+        fleet: Fleet,
+    ) -> std::io::Result<Self> {
+        let Process { child, control, socket, lines, forwarding } = process;
+        let (read, write) = UnixStream::from_std(control)?.into_split();
+        let (frames, to_write) = mpsc::channel(QUEUE_MAX);
+        tokio::spawn(write_frames(worker, write, to_write));
+        let (sender, orders) = mpsc::channel(QUEUE_MAX);
+        let handle = WorkerHandle {
+            worker,
+            pid: child.id().unwrap_or_default(),
+            socket: socket.path().to_owned(),
+            orders: sender,
+        };
+        Ok(Self {
+            worker,
+            fleet,
+            watchdog,
+            child,
+            process: Ends { lines, forwarding, _socket: socket },
+            reader: FrameReader::new(read),
+            frames,
+            orders,
+            handle,
+            state: State::Starting,
+            pulse: Pulse::default(),
+            killed: None,
+            dismissed: false,
+        })
+    }
+
+    pub(crate) fn handle(&self) -> WorkerHandle {
+        self.handle.clone()
+    }
+
+    /// Looks after the process until it has ended.
+    pub(crate) async fn run(mut self) {
+        let mut ticks = interval(self.watchdog.ping_every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut connected = true;
+        let status = loop {
+            let cancel = self.state.cancel();
+            tokio::select! {
+                status = self.child.wait() => break status,
+                message = self.reader.next::<FromWorker>(), if connected => match message {
+                    Ok(Some(FromWorker { kind: Some(kind) })) => self.heard(kind),
+                    Ok(Some(FromWorker { kind: None })) => {}
+                    Ok(None) => {
+                        connected = false;
+                        self.pulse.intervals = 0;
+                    }
+                    Err(error) => {
+                        connected = false;
+                        self.kill(format!("said what this node does not understand: {error}"));
+                    }
+                },
+                Some(order) = self.orders.recv() => self.obey(order),
+                () = cancel => self.unload(true, None),
+                _ = ticks.tick() => self.tick(connected),
+            }
+        };
+        let reason = match (status, self.killed.take()) {
+            (Ok(_), Some(reason)) => reason,
+            (Ok(status), None) => spawn::describe(status),
+            (Err(error), _) => format!("waiting for it failed: {error}"),
+        };
+        // Its pipe is at its end now, unless it gave it to somebody.
+        let _ = timeout(END_TIME_MAX, &mut self.process.forwarding).await;
+        self.process.forwarding.abort();
+        self.ended(reason);
+    }
+
+    fn heard(&mut self, kind: from_worker::Kind) {
+        match kind {
+            from_worker::Kind::Hello(Hello { protocol, pid: _, device }) => {
+                if protocol != PROTOCOL_VERSION {
+                    self.kill(format!(
+                        "speaks version {protocol} of the protocol, this node {PROTOCOL_VERSION}"
+                    ));
+                } else if matches!(self.state, State::Starting) {
+                    tracing::debug!(worker = %self.worker, device, "worker is ready");
+                    self.change(State::Idle);
+                }
+            }
+            from_worker::Kind::Pong(pong) => self.pulse(pong),
+            from_worker::Kind::Loaded(loaded) => match std::mem::replace(&mut self.state, State::Idle) {
+                State::Loading { lodging, reply } if lodging.is(loaded.instance) => {
+                    self.change(State::Serving { lodging });
+                    let times = LoadTimes {
+                        map: Duration::from_micros(loaded.map_us),
+                        init: Duration::from_micros(loaded.init_us),
+                    };
+                    // Nobody waits any more: whoever gave up has cancelled the instance, too.
+                    let _ = reply.send(Ok(times));
+                }
+                other => self.unexpected(other, "Loaded"),
+            },
+            from_worker::Kind::LoadFailed(failed) => match std::mem::replace(&mut self.state, State::Idle) {
+                State::Loading { lodging, reply } if lodging.is(failed.instance) => {
+                    drop(lodging);
+                    self.change(State::Idle);
+                    let failure = if failed.not_runnable {
+                        LoadFailure::NotRunnable(failed.message)
+                    } else {
+                        LoadFailure::Worker(failed.message)
+                    };
+                    let _ = reply.send(Err(failure));
+                }
+                other => self.unexpected(other, "LoadFailed"),
+            },
+            from_worker::Kind::Unloaded(unloaded) => match std::mem::replace(&mut self.state, State::Idle) {
+                State::Unloading { lodging, replies, force: _ } if lodging.is(unloaded.instance) => {
+                    drop(lodging);
+                    self.change(State::Idle);
+                    for reply in replies {
+                        let _ = reply.send(Ok(()));
+                    }
+                }
+                other => self.unexpected(other, "Unloaded"),
+            },
+            from_worker::Kind::UnloadRefused(refused) => {
+                match std::mem::replace(&mut self.state, State::Idle) {
+                    // A refusal of the order before, when another came by force behind it.
+                    State::Unloading { lodging, replies, force: true } => {
+                        self.state = State::Unloading { lodging, replies, force: true };
+                    }
+                    State::Unloading { lodging, replies, force: false } if lodging.is(refused.instance) => {
+                        self.change(State::Serving { lodging });
+                        for reply in replies {
+                            let _ = reply.send(Err(Busy { sequences: refused.sequences }));
+                        }
+                    }
+                    other => self.unexpected(other, "UnloadRefused"),
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Load { load, lodging, reply } => {
+                if matches!(self.state, State::Idle) && !self.dismissed {
+                    self.change(State::Loading { lodging, reply });
+                    self.say(to_worker::Kind::Load(load));
+                } else {
+                    let _ = reply.send(Err(LoadFailure::Worker("it was not idle".into())));
+                }
+            }
+            Order::Unload { instance, force, reply } => {
+                if self.state.instance().is_some_and(|(i, _)| i == instance) {
+                    self.unload(force, Some(reply));
+                } else {
+                    let _ = reply.send(Ok(()));
+                }
+            }
+            Order::Shutdown { grace } => self.dismiss(grace),
+            Order::Kill => self.kill("ended by this node".into()),
+        }
+    }
+
+    fn unload(&mut self, force: bool, reply: Option<oneshot::Sender<Result<(), Busy>>>) {
+        match std::mem::replace(&mut self.state, State::Idle) {
+            State::Serving { lodging } => {
+                let instance = lodging.tenancy.instance.0;
+                self.change(State::Unloading { lodging, replies: reply.into_iter().collect(), force });
+                self.say(to_worker::Kind::Unload(Unload { instance, force }));
+            }
+            State::Unloading { lodging, mut replies, force: forced } => {
+                replies.extend(reply);
+                if force && !forced {
+                    let instance = lodging.tenancy.instance.0;
+                    self.say(to_worker::Kind::Unload(Unload { instance, force }));
+                }
+                self.state = State::Unloading { lodging, replies, force: force || forced };
+            }
+            other @ (State::Starting | State::Idle | State::Loading { .. }) => {
+                // A start in progress is cancelled by its instance's token.
+                self.state = other;
+                if let Some(reply) = reply {
+                    let _ = reply.send(Err(Busy { sequences: 0 }));
+                }
+            }
+        }
+    }
+
+    fn tick(&mut self, connected: bool) {
+        let Watchdog { ping_every: _, pings_unanswered_max, pings_without_step_max, idle_intervals_max } =
+            self.watchdog;
+        let Pulse { unanswered, without_step, intervals, .. } = self.pulse;
+        self.pulse.intervals = intervals.saturating_add(1);
+        if !connected {
+            // The connection closes as the process ends.
+            if intervals >= 2 {
+                self.kill("closed its control connection and went on".into());
+            }
+        } else if unanswered >= pings_unanswered_max {
+            self.kill(format!("hung: {unanswered} pings without an answer"));
+        } else if without_step >= pings_without_step_max {
+            self.kill(format!("hung: sequences are running and {without_step} pings found no new step"));
+        } else {
+            match self.state {
+                State::Starting if intervals >= pings_unanswered_max => {
+                    self.kill("hung: it did not say hello".into());
+                    return;
+                }
+                State::Loading { .. } | State::Unloading { .. } if intervals >= pings_without_step_max => {
+                    self.kill(format!("hung: no end of a load or unload after {intervals} intervals"));
+                    return;
+                }
+                State::Idle if intervals >= idle_intervals_max && self.fleet.dismiss_surplus(self.worker) => {
+                    self.dismiss(Duration::ZERO);
+                    return;
+                }
+                State::Starting => return,
+                State::Idle | State::Loading { .. } | State::Serving { .. } | State::Unloading { .. } => {}
+            }
+            self.pulse.number += 1;
+            self.pulse.unanswered += 1;
+            self.say(to_worker::Kind::Ping(Ping { number: self.pulse.number }));
+        }
+    }
+
+    fn pulse(&mut self, pong: Pong) {
+        let Pong { number, sequences, steps, .. } = pong;
+        if number == self.pulse.number {
+            self.pulse.unanswered = 0;
+        }
+        let moves = sequences == 0 || steps != self.pulse.steps;
+        self.pulse.without_step = if moves { 0 } else { self.pulse.without_step + 1 };
+        self.pulse.steps = steps;
+    }
+
+    fn dismiss(&mut self, grace: Duration) {
+        self.dismissed = true;
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        self.say(to_worker::Kind::Shutdown(control::Shutdown { grace_ms }));
+    }
+
+    fn say(&mut self, kind: to_worker::Kind) {
+        match self.frames.try_send(kind) {
+            // Closed: the process is ending, which is noticed by waiting for it.
+            Ok(()) | Err(TrySendError::Closed(_)) => {}
+            Err(TrySendError::Full(_)) => self.kill("hung: it does not read its orders".into()),
+        }
+    }
+
+    fn kill(&mut self, reason: String) {
+        if self.killed.is_none() {
+            tracing::warn!(worker = %self.worker, reason, "killing a worker");
+            self.killed = Some(reason);
+            // That it has died already is what we wait for.
+            let _ = self.child.start_kill();
+        }
+    }
+
+    fn unexpected(&mut self, state: State, what: &str) {
+        self.state = state;
+        self.kill(format!("said {what} out of turn"));
+    }
+
+    fn change(&mut self, state: State) {
+        self.pulse.intervals = 0;
+        self.state = state;
+        self.fleet.set_phase(self.worker, self.state.phase());
+    }
+
+    /// The process is no more.
+    fn ended(self, reason: String) {
+        let Self { worker, fleet, process, state, dismissed, .. } = self;
+        let last_lines = process.lines.get();
+        let instance = state.instance().map(|(instance, _)| instance);
+        let ready = !matches!(state, State::Starting);
+        let words = last_lines.last().map_or_else(String::new, |line| format!("; its last line: {line}"));
+        match state {
+            State::Starting | State::Idle | State::Serving { .. } => {}
+            State::Loading { lodging, reply } => {
+                drop(lodging);
+                let _ = reply.send(Err(LoadFailure::Worker(format!("{worker} ended: {reason}{words}"))));
+            }
+            State::Unloading { lodging, replies, .. } => {
+                drop(lodging);
+                for reply in replies {
+                    let _ = reply.send(Ok(()));
+                }
+            }
+        }
+        drop(process);
+        if dismissed {
+            tracing::debug!(%worker, reason, "worker has ended");
+            fleet.remove(worker, None);
+        } else {
+            tracing::error!(%worker, ?instance, reason, "worker lost");
+            metrics::counter!("stoker_node_workers_lost_total").increment(1);
+            fleet.remove(worker, Some((ready, format!("{reason}{words}"))));
+            fleet.tell(NodeEvent::WorkerLost { worker, instance, reason, last_lines });
+        }
+    }
+}
+
+async fn write_frames(worker: WorkerId, write: OwnedWriteHalf, mut frames: mpsc::Receiver<to_worker::Kind>) {
+    let mut writer = FrameWriter::new(write);
+    while let Some(kind) = frames.recv().await {
+        if let Err(error) = writer.send(&ToWorker { kind: Some(kind) }).await {
+            // The worker's end is noticed by its task.
+            tracing::debug!(%worker, %error, "could not tell the worker");
+            return;
+        }
+    }
+}
+
+// === impl State ===
+
+impl State {
+    fn instance(&self) -> Option<(InstanceId, &ModelName)> {
+        match self {
+            Self::Starting | Self::Idle => None,
+            Self::Loading { lodging, .. } | Self::Serving { lodging } | Self::Unloading { lodging, .. } => {
+                Some((lodging.tenancy.instance, &lodging.tenancy.model))
+            }
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        let tenant = || self.instance().map(|(instance, model)| (instance, model.clone()));
+        match self {
+            Self::Starting => Phase::Starting,
+            Self::Idle => Phase::Idle,
+            Self::Loading { .. } => Phase::Loading(tenant()),
+            Self::Serving { .. } => Phase::Serving(tenant()),
+            Self::Unloading { .. } => Phase::Unloading(tenant()),
+        }
+    }
+
+    /// Resolves when the instance that is being served is to go; pending for ever in other states.
+    fn cancel(&self) -> impl Future<Output = ()> + use<> {
+        let token = match self {
+            Self::Serving { lodging } | Self::Unloading { lodging, force: false, .. } => {
+                Some(lodging.tenancy.cancel.clone())
+            }
+            _ => None,
+        };
+        async move {
+            match token {
+                Some(token) => token.cancelled().await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+// === impl Lodging ===
+
+impl Lodging {
+    fn is(&self, instance: u64) -> bool {
+        self.tenancy.instance.0 == instance
+    }
+}
