@@ -1,9 +1,5 @@
 //! The kernels' two promises: the right numbers, and the same bits whatever is computed beside them.
-#![expect(
-    clippy::unwrap_used,
-    clippy::cast_possible_truncation,
-    reason = "a test stops at the first surprise"
-)]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::sync::Arc;
 

@@ -19,6 +19,9 @@ use crate::threads::Threads;
 /// Vectors of a value that are in registers at a time.
 const WIDE: usize = 4;
 
+/// Query heads whose values are added up together.
+const HEADS: usize = 4;
+
 /// Shapes of one layer's attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
@@ -89,7 +92,16 @@ pub fn attention(
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<AttentionScratch> = RefCell::default();
+}
+
+/// One thread's buffers for one row and kv head.
+#[derive(Default)]
+struct AttentionScratch {
+    /// `[query heads of the kv head, positions]`: scores, then weights.
+    weights: Vec<f32>,
+    /// Where each position's key and value begin in the cache.
+    places: Vec<usize>,
 }
 
 struct Cache<'a> {
@@ -99,11 +111,20 @@ struct Cache<'a> {
 }
 
 impl Cache<'_> {
+    /// Sets `places` for the positions from `first` to the row's own.
     #[inline(always)]
-    fn at(&self, row: AttentionRow<'_>, position: usize, kv_head: usize) -> usize {
+    fn places(&self, row: AttentionRow<'_>, first: usize, kv_head: usize, places: &mut Vec<usize>) {
         let AttentionShape { kv_heads, head_dim, block_size, .. } = *self.shape;
-        let block = row.blocks[position / block_size] as usize;
-        ((block * block_size + position % block_size) * kv_heads + kv_head) * head_dim
+        places.clear();
+        let mut position = first;
+        while position <= row.position {
+            let block = row.blocks[position / block_size] as usize;
+            let slot = position % block_size;
+            let count = (block_size - slot).min(row.position + 1 - position);
+            let start = ((block * block_size + slot) * kv_heads + kv_head) * head_dim;
+            places.extend((0..count).map(|i| start + i * kv_heads * head_dim));
+            position += count;
+        }
     }
 }
 
@@ -113,7 +134,7 @@ versions! {
         row: AttentionRow<'_>,
         kv_head: usize,
         q: &[f32],
-        scratch: &mut Vec<f32>,
+        scratch: &mut AttentionScratch,
         out: &mut [f32],
     ) = head_body;
 }
@@ -126,86 +147,108 @@ fn head_body<S: Simd>(
     row: AttentionRow<'_>,
     kv_head: usize,
     q: &[f32],
-    scratch: &mut Vec<f32>,
+    scratch: &mut AttentionScratch,
     out: &mut [f32],
 ) {
     let AttentionShape { head_dim, window, scale, .. } = *cache.shape;
     let first = window.map_or(0, |window| (row.position + 1).saturating_sub(window.max(1)));
     let count = row.position + 1 - first;
-    let heads = q.len() / head_dim;
-    scratch.clear();
-    scratch.resize(heads * count, 0.0);
+    let AttentionScratch { weights, places } = scratch;
+    cache.places(row, first, kv_head, places);
+    if weights.len() < q.len() / head_dim * count {
+        weights.resize(q.len() / head_dim * count, 0.0);
+    }
     // Sixteen positions at a time: their sums are reduced together.
-    for start in (0..count).step_by(LANES) {
-        let positions = LANES.min(count - start);
+    for (chunk, places) in places.chunks(LANES).enumerate() {
         let mut keys: [&[f32]; LANES] = [&[]; LANES];
-        for (i, key) in keys[..positions].iter_mut().enumerate() {
-            *key = &cache.keys[cache.at(row, first + start + i, kv_head)..][..head_dim];
+        for (key, at) in keys.iter_mut().zip(places) {
+            *key = &cache.keys[*at..][..head_dim];
         }
         for (head, q) in q.chunks_exact(head_dim).enumerate() {
             let mut acc = [simd.splat(0.0); LANES];
-            if positions == LANES {
-                for dim in (0..head_dim).step_by(LANES) {
-                    let q = simd.load_some(&q[dim..]);
+            for dim in (0..head_dim).step_by(LANES) {
+                let q = simd.load_some(&q[dim..]);
+                if places.len() == LANES {
                     for i in 0..LANES {
                         acc[i] = acc[i].fma(q, simd.load_some(&keys[i][dim..]));
                     }
-                }
-            } else {
-                for (acc, key) in acc.iter_mut().zip(&keys[..positions]) {
-                    for dim in (0..head_dim).step_by(LANES) {
-                        *acc = acc.fma(simd.load_some(&q[dim..]), simd.load_some(&key[dim..]));
+                } else {
+                    for i in 0..places.len() {
+                        acc[i] = acc[i].fma(q, simd.load_some(&keys[i][dim..]));
                     }
                 }
             }
-            let scores = S::Float::sums(acc);
-            for (out, score) in scratch[head * count + start..][..positions].iter_mut().zip(scores) {
+            let out = &mut weights[head * count + chunk * LANES..][..places.len()];
+            for (out, score) in out.iter_mut().zip(S::Float::sums(acc)) {
                 *out = score * scale;
             }
         }
     }
-    for (weights, out) in scratch.chunks_exact_mut(count).zip(out.chunks_exact_mut(head_dim)) {
-        let sum = softmax(weights, first);
+    // Several heads at a time: each value is loaded once for them.
+    for (weights, out) in weights.chunks_mut(HEADS * count).zip(out.chunks_mut(HEADS * head_dim)) {
+        let mut sums = [0.0; HEADS];
+        for (weights, sum) in weights.chunks_exact_mut(count).zip(&mut sums[..out.len() / head_dim]) {
+            *sum = softmax(weights, first);
+        }
         for dim in (0..head_dim).step_by(LANES * WIDE) {
-            values(simd, cache, row, kv_head, first, weights, sum, dim, out);
+            let part = Values { places, weights, sums, dim, head_dim };
+            match out.len() / head_dim {
+                1 => values::<S, 1>(simd, cache, part, out),
+                2 => values::<S, 2>(simd, cache, part, out),
+                3 => values::<S, 3>(simd, cache, part, out),
+                _ => values::<S, HEADS>(simd, cache, part, out),
+            }
         }
     }
 }
 
-/// The weighted values of some dimensions, from `dim`, divided by `sum`.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a loop of `head_body`, split off for its registers")]
-fn values<S: Simd>(
-    simd: S,
-    cache: &Cache<'_>,
-    row: AttentionRow<'_>,
-    kv_head: usize,
-    first: usize,
-    weights: &[f32],
-    sum: f32,
+/// What the weighted values of some heads and dimensions are made from.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    places: &'a [usize],
+    /// `[heads, positions]`.
+    weights: &'a [f32],
+    sums: [f32; HEADS],
     dim: usize,
-    out: &mut [f32],
-) {
-    let out = &mut out[dim..];
-    let mut acc = [simd.splat(0.0); WIDE];
-    for (i, weight) in weights.iter().enumerate() {
-        let at = cache.at(row, first + i, kv_head) + dim;
-        let value = &cache.values[at..][..out.len()];
-        let weight = simd.splat(*weight);
+    head_dim: usize,
+}
+
+/// The weighted values of `H` heads, [`WIDE`] vectors of dimensions from `dim`, divided by the sums.
+#[inline(always)]
+fn values<S: Simd, const H: usize>(simd: S, cache: &Cache<'_>, part: Values<'_>, out: &mut [f32]) {
+    let Values { places, weights, sums, dim, head_dim } = part;
+    let dims = (head_dim - dim).min(LANES * WIDE);
+    let mut acc = [[simd.splat(0.0); WIDE]; H];
+    let mut heads: [&[f32]; H] = [&[]; H];
+    for (head, weights) in heads.iter_mut().zip(weights.chunks_exact(places.len())) {
+        *head = weights;
+    }
+    for (i, at) in places.iter().enumerate() {
+        let value = &cache.values[at + dim..][..dims];
+        let mut lanes = [simd.splat(0.0); WIDE];
         if let Some(value) = value.first_chunk::<{ LANES * WIDE }>() {
-            for (acc, value) in acc.iter_mut().zip(value.as_chunks::<LANES>().0) {
-                *acc = acc.fma(weight, simd.load(value));
+            for (lanes, value) in lanes.iter_mut().zip(value.as_chunks::<LANES>().0) {
+                *lanes = simd.load(value);
             }
         } else {
-            for (acc, value) in acc.iter_mut().zip(value.chunks(LANES)) {
-                *acc = acc.fma(weight, simd.load_some(value));
+            for (lanes, value) in lanes.iter_mut().zip(value.chunks(LANES)) {
+                *lanes = simd.load_some(value);
+            }
+        }
+        for h in 0..H {
+            let weight = simd.splat(heads[h][i]);
+            for j in 0..WIDE {
+                acc[h][j] = acc[h][j].fma(weight, lanes[j]);
             }
         }
     }
-    for (acc, out) in acc.into_iter().zip(out.chunks_mut(LANES)) {
-        let mut lanes = [0.0; LANES];
-        acc.over(simd.splat(sum)).store(&mut lanes);
-        out.copy_from_slice(&lanes[..out.len()]);
+    for h in 0..H {
+        let sum = simd.splat(sums[h]);
+        for (acc, out) in acc[h].into_iter().zip(out[h * head_dim + dim..][..dims].chunks_mut(LANES)) {
+            let mut lanes = [0.0; LANES];
+            acc.over(sum).store(&mut lanes);
+            out.copy_from_slice(&lanes[..out.len()]);
+        }
     }
 }
 

@@ -145,9 +145,16 @@ versions! {
 #[inline(always)]
 fn one_tile_body<Q: Quant, D: Dot>(version: D, product: &Product<'_>, tile: usize, unpacked: &mut Unpacked) {
     let first = tile * LANES;
-    // A last tile with fewer rows repeats the last one, and throws those results away.
-    let numbers = std::array::from_fn(|lane| (first + lane).min(product.rows - 1));
-    let rows = Rows::new(product.weight, product.row_bytes, numbers, version);
+    let mut padded = Vec::new();
+    let weight = if first + LANES <= product.rows {
+        &product.weight[first * product.row_bytes..]
+    } else {
+        // The last tile has fewer rows; what is computed from the padding is thrown away.
+        padded.extend_from_slice(&product.weight[first * product.row_bytes..]);
+        padded.resize(LANES * product.row_bytes, 0);
+        &padded[..]
+    };
+    let rows = Rows::new(weight, product.row_bytes, version);
     // For few rows in chunks of columns, the sums carried from chunk to chunk; for many all columns at once.
     let chunk = if product.m <= ROWS { CHUNK } else { product.cols };
     let mut acc = [FLanes::ZERO; ROWS];
@@ -224,8 +231,13 @@ fn store(product: &Product<'_>, first: usize, row: usize, acc: &[FLanes]) {
 /// At most sixteen rows, as f32. The elements are few: no special instructions.
 fn unpack_to_f32<Q: Quant>(weight: &Weight, rows: &[usize], out: &mut [f32]) {
     let cols = weight.cols();
-    let numbers = std::array::from_fn(|lane| rows[lane.min(rows.len() - 1)]);
-    let source = Rows::new(weight.bytes(), weight.row_bytes(), numbers, Plain);
+    let row_bytes = weight.row_bytes();
+    let mut packed = Vec::with_capacity(LANES * row_bytes);
+    for row in rows {
+        packed.extend_from_slice(&weight.bytes()[row * row_bytes..][..row_bytes]);
+    }
+    packed.resize(LANES * row_bytes, 0);
+    let source = Rows::new(&packed, row_bytes, Plain);
     UNPACKED.with_borrow_mut(|unpacked| {
         let tile = unpack::<Q, Plain>(&source, 0, cols, unpacked);
         let offset = Q::OFFSET_LOG2.map_or(0, |log2| 1i32 << log2);

@@ -83,12 +83,6 @@ fn nibbles<W: Word>(packed: [W; 4], out: &mut Block<'_>) {
 /// As [`nibbles`]; bit `i` of `high` is the fifth bit of element `i`.
 #[inline(always)]
 fn nibbles_and_fifth_bits<W: Word>(packed: [W; 4], high: W, out: &mut Block<'_>) {
-    // Four bits, each into bit 4 of its own byte: copies, each one further to the right, and the lowest bit of each.
-    let spread = |bits: W| {
-        let four = bits.and(0xf);
-        let two = four.or(four.shl(14));
-        two.or(two.shl(7)).and(0x0101_0101).shl(4)
-    };
     let (mut low, mut upper) = (high, high.shr(16));
     for (i, word) in packed.into_iter().enumerate() {
         out.put_q(i, word.and(NIBBLES).or(spread(low)));
@@ -96,6 +90,15 @@ fn nibbles_and_fifth_bits<W: Word>(packed: [W; 4], high: W, out: &mut Block<'_>)
         low = low.shr(4);
         upper = upper.shr(4);
     }
+}
+
+/// Each of the four lowest bits into bit 4 of its own byte: copies, each one further to the right, and of each byte the
+/// lowest bit.
+#[inline(always)]
+fn spread<W: Word>(bits: W) -> W {
+    let four = bits.and(0xf);
+    let two = four.or(four.shl(14));
+    two.or(two.shl(7)).and(0x0101_0101).shl(4)
 }
 
 /// The first 16 bytes of Q4_K and Q5_K: `d`, `dmin`, and eight 6-bit scales and mins in 12 bytes.

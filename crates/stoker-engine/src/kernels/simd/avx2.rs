@@ -39,7 +39,7 @@ impl Simd for Avx2 {
     type Float = Float256;
 
     #[inline(always)]
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Word256; 4] {
+    unsafe fn quad(self, first: *const u8, stride: usize) -> [Word256; 4] {
         // SAFETY: `self` shows that the features are there; the caller says that 16 bytes are readable at each
         // address, and the loads need no alignment.
         unsafe {
@@ -49,8 +49,10 @@ impl Simd for Avx2 {
                     macro_rules! load {
                         ($i:literal) => {
                             _mm256_inserti128_si256::<1>(
-                                _mm256_castsi128_si256(_mm_loadu_si128(rows[$first + $i].cast())),
-                                _mm_loadu_si128(rows[$first + $i + 4].cast()),
+                                _mm256_castsi128_si256(_mm_loadu_si128(
+                                    first.add(($first + $i) * stride).cast(),
+                                )),
+                                _mm_loadu_si128(first.add(($first + $i + 4) * stride).cast()),
                             )
                         };
                     }

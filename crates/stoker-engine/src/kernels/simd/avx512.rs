@@ -39,7 +39,7 @@ impl Simd for Avx512 {
     type Float = Float512;
 
     #[inline(always)]
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Word512; 4] {
+    unsafe fn quad(self, first: *const u8, stride: usize) -> [Word512; 4] {
         // SAFETY: `self` shows that the features are there; the caller says that 16 bytes are readable at each
         // address, and the loads need no alignment.
         unsafe {
@@ -47,10 +47,10 @@ impl Simd for Avx512 {
             // part leaves all sixteen rows in order.
             macro_rules! load {
                 ($i:literal) => {{
-                    let v = _mm512_castsi128_si512(_mm_loadu_si128(rows[$i].cast()));
-                    let v = _mm512_inserti32x4::<1>(v, _mm_loadu_si128(rows[$i + 4].cast()));
-                    let v = _mm512_inserti32x4::<2>(v, _mm_loadu_si128(rows[$i + 8].cast()));
-                    _mm512_inserti32x4::<3>(v, _mm_loadu_si128(rows[$i + 12].cast()))
+                    let v = _mm512_castsi128_si512(_mm_loadu_si128(first.add($i * stride).cast()));
+                    let v = _mm512_inserti32x4::<1>(v, _mm_loadu_si128(first.add(($i + 4) * stride).cast()));
+                    let v = _mm512_inserti32x4::<2>(v, _mm_loadu_si128(first.add(($i + 8) * stride).cast()));
+                    _mm512_inserti32x4::<3>(v, _mm_loadu_si128(first.add(($i + 12) * stride).cast()))
                 }};
             }
             let (a, b, c, d) = (load!(0), load!(1), load!(2), load!(3));

@@ -35,11 +35,11 @@ pub(super) trait Simd: Copy {
     /// Sixteen floats.
     type Float: Float;
 
-    /// `out[w]` has in lane `row` the word `w` of `rows[row]`.
+    /// `out[w]` has in lane `row` the word `w` at `first + row * stride`.
     ///
     /// # Safety
-    /// 16 bytes must be readable at each address.
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Self::Word; 4];
+    /// 16 bytes must be readable at each of the sixteen addresses.
+    unsafe fn quad(self, first: *const u8, stride: usize) -> [Self::Word; 4];
 
     /// The same value in all lanes.
     fn splat(self, value: f32) -> Self::Float;
@@ -162,9 +162,8 @@ mod tests {
         for (byte, value) in bytes.as_flattened_mut().iter_mut().zip((0..251).cycle().step_by(37)) {
             *byte = value;
         }
-        let rows = std::array::from_fn(|r| bytes[r].as_ptr());
-        // SAFETY: 16 bytes at each.
-        let quad = unsafe { simd.quad(&rows) };
+        // SAFETY: sixteen rows of 16 bytes.
+        let quad = unsafe { simd.quad(bytes.as_ptr().cast(), 16) };
         for word in quad {
             let words = [
                 word,

@@ -11,12 +11,13 @@ impl Simd for Plain {
     type Float = FLanes;
 
     #[inline(always)]
-    unsafe fn quad(self, rows: &[*const u8; LANES]) -> [Lanes; 4] {
+    unsafe fn quad(self, first: *const u8, stride: usize) -> [Lanes; 4] {
         let mut out = [Lanes::ZERO; 4];
-        for (lane, row) in rows.iter().enumerate() {
-            for (word, out) in out.iter_mut().enumerate() {
-                // SAFETY: the caller says that 16 bytes are readable; no alignment is needed.
-                out.0[lane] = u32::from_le(unsafe { row.cast::<u32>().add(word).read_unaligned() });
+        for lane in 0..LANES {
+            // SAFETY: the caller says that 16 bytes are readable; no alignment is needed.
+            let row = unsafe { first.add(lane * stride).cast::<[[u8; 4]; 4]>().read_unaligned() };
+            for (word, out) in row.into_iter().zip(&mut out) {
+                out.0[lane] = u32::from_le_bytes(word);
             }
         }
         out
