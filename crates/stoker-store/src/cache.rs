@@ -354,6 +354,7 @@ impl Model {
             prefix: self.bytes_of(|(i, _)| i < prefix),
             resident: self.resident_bytes(),
             total: self.files.bytes(),
+            slots: ByteSize(self.resident as u64 * self.files.chunk_bytes()),
             holds: self.holds,
             pinned,
             loading: self.load.is_some(),

@@ -342,9 +342,13 @@ impl Job {
         self.settle();
     }
 
-    /// Transfer -> Check, once nothing is left to be read.
+    /// Transfer -> Check, once nothing is left to be read, and a stream's consumer has taken everything.
     fn settle(&mut self) {
-        if self.stage == Stage::Transfer && self.pending.is_empty() && self.in_flight == 0 {
+        let taken = match &self.target {
+            Target::Cache { .. } => true,
+            Target::Ring(ring) => ring.ready.is_empty(),
+        };
+        if self.stage == Stage::Transfer && self.pending.is_empty() && self.in_flight == 0 && taken {
             self.stage = Stage::Check;
         }
     }

@@ -74,6 +74,8 @@ pub struct Residency {
     pub resident: ByteSize,
     /// Bytes that it has.
     pub total: ByteSize,
+    /// Bytes of the slots that it takes: whole chunks.
+    pub slots: ByteSize,
     /// Guards and loads that hold it: not evictable while there are any.
     pub holds: usize,
     /// Not evictable to make room.

@@ -32,7 +32,10 @@ pub struct ChunkStream {
     files: CheckpointFiles,
     next: usize,
     progress: watch::Receiver<Progress>,
-    lease: Arc<Lease>,
+    shared: Arc<Shared>,
+    ring_chunks: usize,
+    /// Given up at the end; chunks that the consumer still has keep it.
+    lease: Option<Arc<Lease>>,
     report: Option<Arc<LoadReport>>,
 }
 
@@ -76,8 +79,9 @@ impl ChunkStream {
     ) -> Result<Self, LoadError> {
         let StreamOptions { ring_chunks, priority, fresh } = options;
         let (job, slots, progress) = shared.begin_stream(files, priority, ring_chunks, fresh)?;
-        let lease = Arc::new(Lease { shared: Arc::clone(shared), slots });
-        Ok(Self { job, files: files.clone(), next: 0, progress, lease, report: None })
+        let lease = Some(Arc::new(Lease { shared: Arc::clone(shared), slots }));
+        let (shared, files) = (Arc::clone(shared), files.clone());
+        Ok(Self { job, files, next: 0, progress, shared, ring_chunks: slots, lease, report: None })
     }
 
     /// The next chunk in execution order; `None` after the last. Waits for a place in the ring: who holds as many
@@ -93,11 +97,11 @@ impl ChunkStream {
                 return Ok(Some(chunk));
             }
             match end {
-                Some(Ok(report)) => {
-                    self.report = Some(report);
+                Some(end) => {
+                    self.lease = None;
+                    self.report = Some(end?);
                     return Ok(None);
                 }
-                Some(Err(error)) => return Err(error),
                 None => self.progress.changed().await.map_err(|_| LoadError::Closed)?,
             }
         }
@@ -112,24 +116,29 @@ impl ChunkStream {
     /// Chunks that the ring has.
     #[must_use]
     pub fn ring_chunks(&self) -> usize {
-        self.lease.slots
+        self.ring_chunks
     }
 
     fn take(&mut self) -> Option<StreamedChunk> {
+        let lease = Arc::clone(self.lease.as_ref()?);
         let (chunk, sum) = {
-            let mut state = self.lease.shared.lock();
+            let mut state = self.shared.lock();
             let Target::Ring(ring) = &mut state.jobs.get_mut(self.job)?.target else { return None };
             ring.ready.remove(&self.next)?
         };
         let at = self.files.order()[self.next];
         self.next += 1;
-        Some(StreamedChunk { chunk, at, sum, _seat: Seat { job: self.job, lease: Arc::clone(&self.lease) } })
+        if self.next == self.files.order().len() {
+            // It was the last: what is left is to check that the files are still the same.
+            self.shared.wake.wake();
+        }
+        Some(StreamedChunk { chunk, at, sum, _seat: Seat { job: self.job, lease } })
     }
 }
 
 impl Drop for ChunkStream {
     fn drop(&mut self) {
-        self.lease.shared.fail(self.job, LoadError::Cancelled);
+        self.shared.fail(self.job, LoadError::Cancelled);
     }
 }
 
