@@ -166,17 +166,8 @@ fn head_body<S: Simd>(
         }
         for (head, q) in q.chunks_exact(head_dim).enumerate() {
             let mut acc = [simd.splat(0.0); LANES];
-            for dim in (0..head_dim).step_by(LANES) {
-                let q = simd.load_some(&q[dim..]);
-                if places.len() == LANES {
-                    for i in 0..LANES {
-                        acc[i] = acc[i].fma(q, simd.load_some(&keys[i][dim..]));
-                    }
-                } else {
-                    for i in 0..places.len() {
-                        acc[i] = acc[i].fma(q, simd.load_some(&keys[i][dim..]));
-                    }
-                }
+            for (acc, key) in acc.iter_mut().zip(&keys[..places.len()]) {
+                *acc = products(simd, q, key);
             }
             let out = &mut weights[head * count + chunk * LANES..][..places.len()];
             for (out, score) in out.iter_mut().zip(S::Float::sums(acc)) {
@@ -202,6 +193,20 @@ fn head_body<S: Simd>(
     }
 }
 
+/// Sixteen strided sums of the products of two vectors.
+#[inline(always)]
+fn products<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> S::Float {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut acc = simd.splat(0.0);
+    for (a, b) in a.iter().zip(b) {
+        acc = acc.fma(simd.load(a), simd.load(b));
+    }
+    if !a_rest.is_empty() {
+        acc = acc.fma(simd.load_some(a_rest), simd.load_some(b_rest));
+    }
+    acc
+}
+
 /// What the weighted values of some heads and dimensions are made from.
 #[derive(Clone, Copy)]
 struct Values<'a> {
@@ -223,22 +228,24 @@ fn values<S: Simd, const H: usize>(simd: S, cache: &Cache<'_>, part: Values<'_>,
     for (head, weights) in heads.iter_mut().zip(weights.chunks_exact(places.len())) {
         *head = weights;
     }
-    for (i, at) in places.iter().enumerate() {
-        let value = &cache.values[at + dim..][..dims];
-        let mut lanes = [simd.splat(0.0); WIDE];
-        if let Some(value) = value.first_chunk::<{ LANES * WIDE }>() {
-            for (lanes, value) in lanes.iter_mut().zip(value.as_chunks::<LANES>().0) {
-                *lanes = simd.load(value);
-            }
-        } else {
-            for (lanes, value) in lanes.iter_mut().zip(value.chunks(LANES)) {
-                *lanes = simd.load_some(value);
+    if dims == LANES * WIDE {
+        for (i, at) in places.iter().enumerate() {
+            let (value, _) = cache.values[at + dim..][..LANES * WIDE].as_chunks::<LANES>();
+            for h in 0..H {
+                let weight = simd.splat(heads[h][i]);
+                for j in 0..WIDE {
+                    acc[h][j] = acc[h][j].fma(weight, simd.load(&value[j]));
+                }
             }
         }
-        for h in 0..H {
-            let weight = simd.splat(heads[h][i]);
-            for j in 0..WIDE {
-                acc[h][j] = acc[h][j].fma(weight, lanes[j]);
+    } else {
+        for (i, at) in places.iter().enumerate() {
+            let value = &cache.values[at + dim..][..dims];
+            for h in 0..H {
+                let weight = simd.splat(heads[h][i]);
+                for (acc, value) in acc[h].iter_mut().zip(value.chunks(LANES)) {
+                    *acc = acc.fma(weight, simd.load_some(value));
+                }
             }
         }
     }
