@@ -76,7 +76,7 @@ impl Transfer {
         let len = self.files.chunk_len(self.chunk());
         self.end_metering(if result.is_ok() { len } else { 0 });
         match result {
-            Err(source) => self.failed(source),
+            Err(source) => self.failed(buf, source),
             Ok(filled) => match (self.expected, sum_of(&filled, &buf, len)) {
                 (Some(expected), found) if expected != found => self.again(buf, expected, found),
                 (_, found) => self.arrived(buf, found, &filled, false),
@@ -91,14 +91,16 @@ impl Transfer {
         tracing::warn!(path = %file.path.display(), offset, %expected, %found, "a chunk's sum is wrong, reading again");
         // A file that was written to is not corrupt.
         if let Err(error) = same(&file, &*self.reader) {
-            return self.fail(error);
+            return self.fail(buf, error);
         }
         let reader = match self.shared.opener.open(&file.path, ReadMode::Uncached) {
             Ok(reader) => reader,
-            Err(source) => return self.fail(LoadError::Open { path: file.path, source: Arc::new(source) }),
+            Err(source) => {
+                return self.fail(buf, LoadError::Open { path: file.path, source: Arc::new(source) });
+            }
         };
         if let Err(error) = same(&file, &*reader) {
-            return self.fail(error);
+            return self.fail(buf, error);
         }
         let op = self.op(buf);
         reader.read(op, Box::new(move |done| self.second(done, expected, found)));
@@ -109,7 +111,7 @@ impl Transfer {
         let chunk = self.chunk();
         let filled = match result {
             Ok(filled) => filled,
-            Err(source) => return self.failed(source),
+            Err(source) => return self.failed(buf, source),
         };
         let path = self.file().path.clone();
         let offset = self.files.offset(chunk);
@@ -118,7 +120,7 @@ impl Transfer {
             tracing::error!(path = %path.display(), offset, wrong = %found, "right only when read again: suspect disk or memory");
             self.arrived(buf, again, &filled, true);
         } else {
-            self.fail(LoadError::Corrupt { path, chunk: chunk.index, offset, expected, found, again });
+            self.fail(buf, LoadError::Corrupt { path, chunk: chunk.index, offset, expected, found, again });
         }
     }
 
@@ -133,7 +135,7 @@ impl Transfer {
         self.shared.arrived(self.job, self.position, buf, sum, filled, again);
     }
 
-    fn failed(self, source: ReadError) {
+    fn failed(self, buf: ChunkBuf, source: ReadError) {
         // A file that ends early has most likely been replaced: then that is what to say.
         let error = match same(self.file(), &*self.reader) {
             Err(changed) => changed,
@@ -143,10 +145,12 @@ impl Transfer {
                 source,
             },
         };
-        self.fail(error);
+        self.fail(buf, error);
     }
 
-    fn fail(mut self, error: LoadError) {
+    fn fail(mut self, buf: ChunkBuf, error: LoadError) {
+        // First, so that whoever learns of the failure finds the slot free.
+        drop(buf);
         self.settled = true;
         self.shared.fail(self.job, error);
     }

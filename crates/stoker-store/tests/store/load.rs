@@ -67,7 +67,7 @@ async fn unknown_sums_are_learned_and_hold_from_then_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_byte_on_disk_is_named() {
-    let fixture = Fixture::new(8);
+    let fixture = Fixture::with_threads(8, 1);
     let model = fixture.model("m", &[100, 5 * CHUNK + 7], Trust::Chunk);
     rot(&model.paths[1], 5 * CHUNK as u64 + 3, 0x80);
     let error = fixture.load(&model).await.unwrap_err();
@@ -142,7 +142,7 @@ async fn a_replaced_file_is_not_corrupt() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_changes_while_it_is_read() {
-    let fixture = Fixture::new(8);
+    let fixture = Fixture::with_threads(8, 1);
     for trust in [Trust::None, Trust::Chunk] {
         let model = fixture.model("m", &[4 * CHUNK], trust);
         let gate = Gate::default();
@@ -165,7 +165,7 @@ async fn a_file_that_changes_while_it_is_read() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn read_errors_say_where_and_free_everything() {
-    let fixture = Fixture::new(8);
+    let fixture = Fixture::with_threads(8, 1);
     let model = fixture.model("m", &[100, 4 * CHUNK], Trust::Chunk);
     for kind in [FaultKind::Error(io::ErrorKind::PermissionDenied), FaultKind::Truncate] {
         fixture.faults.add(fault("m-1", 200_000, 1, kind));

@@ -34,7 +34,7 @@ fn random_fault(random: &mut Random, models: &[Model]) -> Fault {
     let model = random.below(models.len());
     let at = random.next() % models[model].content[0].len() as u64;
     // Wrong bytes go unseen where nothing is known of the right ones, so only models with sums get them.
-    let kind = match random.below(if model % 2 == 0 { 4 } else { 2 }) {
+    let kind = match random.below(if model.is_multiple_of(2) { 4 } else { 2 }) {
         0 => FaultKind::Error(io::ErrorKind::Other),
         1 => FaultKind::Truncate,
         _ => FaultKind::Corrupt { bits: 1 << random.below(8) },
