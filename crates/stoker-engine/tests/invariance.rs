@@ -1,0 +1,215 @@
+//! Row invariance, bit for bit: what a sequence brings doesn't depend on batch, chunks, threads, instruction set, prefix
+//! cache, preemption or resuming.
+
+mod support;
+
+use std::sync::Arc;
+
+use stoker_engine::{
+    Batch, EngineLimits, Isa, KvStorage, Model, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS,
+    load_model,
+};
+use stoker_types::{DType, Sampling};
+use support::{Checkpoint, LIMITS, Random, Tokens, data, greedy, logits_from, run};
+
+const VOCAB: usize = 259;
+
+/// Every kind of arithmetic that the engine has, and every variant of the family.
+fn checkpoints() -> Vec<(&'static str, Checkpoint)> {
+    let read = |name: &str| Checkpoint::read(&data(name));
+    vec![
+        ("f32, tied", read("tiny-llama")),
+        ("f32, biases", read("tiny-llama3")),
+        ("f32, window", read("tiny-mistral")),
+        ("bf16", read("tiny-llama-bf16-sharded")),
+        ("Q8_0", read("tiny-llama3").quantised(DType::Q8_0)),
+        ("Q4_1, window", read("tiny-mistral").quantised(DType::Q4_1)),
+    ]
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|logit| logit.to_bits()).collect()
+}
+
+/// A sequence in the random schedule of [`logits_by_any_schedule`].
+struct Running<'a> {
+    tokens: &'a [u32],
+    computed: usize,
+    blocks: Vec<u32>,
+}
+
+/// Computes the sequences in random chunks and batches, with blocks in random places, and compares each row's logits.
+fn logits_by_any_schedule(model: &mut dyn Model, texts: &[Vec<u32>], expected: &[Vec<Vec<u32>>], seed: u64) {
+    let mut random = Random(seed);
+    let blocks_each = 1 + 200 / BLOCK_TOKENS;
+    let mut free: Vec<u32> = (0..u32::try_from(texts.len() * blocks_each).unwrap()).collect();
+    for at in (1..free.len()).rev() {
+        free.swap(at, random.below(at + 1));
+    }
+    let mut kv = KvStorage::new(model.kv_shape(), free.len()).unwrap();
+    kv.ensure(free.len());
+    let mut running: Vec<Running<'_>> = texts
+        .iter()
+        .map(|tokens| Running { tokens, computed: 0, blocks: free.split_off(free.len() - blocks_each) })
+        .collect();
+    let mut logits = Vec::new();
+    while running.iter().any(|s| s.computed < s.tokens.len()) {
+        // Zero rows leaves a sequence out of this batch, one decodes, more prefill.
+        let rows: Vec<usize> = running
+            .iter()
+            .map(|s| [0, 1, 1, random.below(90)][random.below(4)].min(s.tokens.len() - s.computed))
+            .collect();
+        let mut tokens = Vec::new();
+        let mut spans = Vec::new();
+        let mut places = Vec::new();
+        for (sequence, (s, &rows)) in
+            running.iter().zip(&rows).enumerate().filter(|(_, (_, rows))| **rows > 0)
+        {
+            tokens.extend_from_slice(&s.tokens[s.computed..s.computed + rows]);
+            spans.push(Span { rows, start: s.computed, blocks: &s.blocks });
+            places.extend((s.computed..s.computed + rows).map(|position| (sequence, position)));
+        }
+        if tokens.is_empty() {
+            continue;
+        }
+        let logit_rows: Vec<usize> = (0..tokens.len()).filter(|_| random.below(3) > 0).collect();
+        model.forward(
+            &Batch { tokens: &tokens, spans: &spans, logit_rows: &logit_rows },
+            &mut kv,
+            &mut logits,
+        );
+        assert_eq!(logits.len(), logit_rows.len() * VOCAB);
+        for (row, logits) in logit_rows.iter().zip(logits.chunks_exact(VOCAB)) {
+            let (sequence, position) = places[*row];
+            assert!(
+                bits(logits) == expected[sequence][position],
+                "position {position} of sequence {sequence} in a batch of {}",
+                tokens.len()
+            );
+        }
+        for (s, rows) in running.iter_mut().zip(rows) {
+            s.computed += rows;
+        }
+    }
+}
+
+#[test]
+fn logits_do_not_depend_on_batch_chunks_threads_or_instructions() {
+    for (name, checkpoint) in checkpoints() {
+        let mut random = Random(11);
+        let texts: Vec<Vec<u32>> = [190, 75, 33, 32, 7].iter().map(|n| random.ids(*n, VOCAB)).collect();
+        let mut alone = checkpoint.model(1);
+        let expected: Vec<Vec<Vec<u32>>> = texts
+            .iter()
+            .map(|text| logits_from(&mut *alone, text, 0).iter().map(|row| bits(row)).collect())
+            .collect();
+        for isa in Isa::available() {
+            for threads in [1, 3] {
+                let threads = Arc::new(Threads::with_isa(threads, isa).unwrap());
+                let regions = &checkpoint.regions;
+                let mut model = load_model(&checkpoint.manifest, regions, threads, &LIMITS).unwrap();
+                for seed in 0..2 {
+                    eprintln!("{name}, {}, seed {seed}", isa.name());
+                    logits_by_any_schedule(&mut *model, &texts, &expected, seed);
+                }
+            }
+        }
+    }
+}
+
+fn sampled(key: u64, prompt: Vec<u32>, tokens_max: u32) -> SequenceRequest {
+    SequenceRequest {
+        sampling: Sampling {
+            temperature: 0.9,
+            top_p: 0.95,
+            frequency_penalty: 0.2,
+            repetition_penalty: 1.1,
+            seed: key * 77,
+            logprobs: Some(0),
+            ..Sampling::default()
+        },
+        ..greedy(key, prompt, tokens_max)
+    }
+}
+
+fn alone(checkpoint: &Checkpoint, request: &SequenceRequest) -> Tokens {
+    let mut engine = checkpoint.engine(LIMITS);
+    engine.submit(SequenceRequest { key: 0, ..request.clone() }).unwrap();
+    run(&mut engine, 1).remove(0)
+}
+
+#[test]
+fn what_an_engine_brings_does_not_depend_on_its_company() {
+    for (name, checkpoint) in checkpoints() {
+        let mut random = Random(5);
+        let common = random.ids(100, VOCAB);
+        let requests: Vec<SequenceRequest> = (0..9)
+            .map(|key| {
+                // Some share a beginning, so that blocks are shared.
+                let own = 1 + random.below(60);
+                let beginning = if key % 2 == 0 { random.below(100) } else { 0 };
+                let prompt = [&common[..beginning], &random.ids(own, VOCAB)].concat();
+                let tokens_max = u32::try_from(5 + random.below(70)).unwrap();
+                if key % 3 == 0 { greedy(key, prompt, tokens_max) } else { sampled(key, prompt, tokens_max) }
+            })
+            .collect();
+        let expected: Vec<Tokens> = requests.iter().map(|request| alone(&checkpoint, request)).collect();
+        for (blocks, prefill_tokens_per_step) in [(1000, 64), (1000, 7), (12, 50), (9, 200)] {
+            let kv_bytes = blocks * checkpoint.block_bytes();
+            let limits = EngineLimits { kv_bytes, prefill_tokens_per_step, ..LIMITS };
+            let mut engine = checkpoint.engine(limits);
+            for request in &requests {
+                engine.submit(request.clone()).unwrap();
+            }
+            assert_eq!(run(&mut engine, requests.len()), expected, "{name}, {blocks} blocks");
+            // Again, with what the first round left in the cache.
+            let cached = engine.stats().cached_tokens;
+            for request in &requests {
+                engine.submit(request.clone()).unwrap();
+            }
+            assert_eq!(run(&mut engine, requests.len()), expected, "{name}, {blocks} blocks, again");
+            if blocks == 1000 {
+                assert!(engine.stats().cached_tokens > cached, "{:?}", engine.stats());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_preempted_sequence_brings_what_it_would_have() {
+    for (name, checkpoint) in checkpoints() {
+        let mut random = Random(3);
+        let requests: Vec<SequenceRequest> = [20, 45, 31, 26, 50]
+            .iter()
+            .zip(0..)
+            .map(|(n, key)| sampled(key, random.ids(*n, VOCAB), 150))
+            .collect();
+        let expected: Vec<Tokens> = requests.iter().map(|request| alone(&checkpoint, request)).collect();
+        // Each grows to six or seven blocks.
+        let mut engine =
+            checkpoint.engine(EngineLimits { kv_bytes: 12 * checkpoint.block_bytes(), ..LIMITS });
+        for request in &requests {
+            engine.submit(request.clone()).unwrap();
+        }
+        assert_eq!(run(&mut engine, requests.len()), expected, "{name}");
+        assert!(engine.stats().preemptions > 0, "{name}: {:?}", engine.stats());
+    }
+}
+
+#[test]
+fn a_sequence_resumes_from_every_position() {
+    for (name, checkpoint) in checkpoints() {
+        let mut random = Random(9);
+        let request = sampled(0, random.ids(45, VOCAB), 40);
+        let full = alone(&checkpoint, &request);
+        let ids: Vec<u32> = full.iter().map(|(id, _)| *id).collect();
+        let mut engine = checkpoint.engine(LIMITS);
+        for from in 0..ids.len() {
+            let resumed = SequenceRequest { generated: ids[..from].to_vec(), ..request.clone() };
+            // In a fresh engine, and in one whose cache knows the beginning.
+            assert_eq!(alone(&checkpoint, &resumed), full[from..], "{name}, from {from}");
+            engine.submit(resumed).unwrap();
+            assert_eq!(run(&mut engine, 1)[0], full[from..], "{name}, from {from}, cached");
+        }
+    }
+}
