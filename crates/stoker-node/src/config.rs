@@ -53,7 +53,7 @@ pub struct Watchdog {
 
 /// What the node knows models by.
 pub trait Catalog: Send + Sync + 'static {
-    /// A model's directory and manifest; `None` when there is no such model. Cheap: it is asked on every start.
+    /// A model's directory and manifest; `None` when there is no such model. May block for a file's read.
     fn lookup(&self, model: &ModelName) -> Option<CatalogEntry>;
 
     /// A load computed the chunk sums of a model that had none: one list for each of its files. May block.

@@ -148,6 +148,28 @@ impl Fleet {
         }
     }
 
+    /// Waits until a worker is idle or serves. Cancel-safe.
+    pub(crate) async fn ready(&self) -> Result<(), NoWorker> {
+        loop {
+            let changed = self.inner.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let state = self.inner.state.lock();
+                if state.workers.values().any(|e| !matches!(e.phase, Phase::Starting | Phase::Ending)) {
+                    return Ok(());
+                }
+                if state.start_deaths >= self.inner.config.start_deaths_max.get() {
+                    return Err(state.dying());
+                }
+            }
+            tokio::select! {
+                () = changed => {}
+                () = self.inner.stopping.cancelled() => return Err(NoWorker::Stopping),
+            }
+        }
+    }
+
     fn try_take(&self) -> Result<Option<WorkerHandle>, NoWorker> {
         let mut state = self.inner.state.lock();
         let idle = state.workers.values_mut().find(|e| e.phase == Phase::Idle);
@@ -159,7 +181,7 @@ impl Fleet {
             && state.retry_at.is_some_and(|at| Instant::now() < at)
             && !state.workers.values().any(|e| e.phase == Phase::Starting)
         {
-            return Err(NoWorker::Dying { deaths: state.start_deaths, last_words: state.last_words.clone() });
+            return Err(state.dying());
         }
         let workers = state.workers.len();
         if workers >= self.inner.config.workers_max.get() as usize
@@ -327,6 +349,10 @@ impl State {
     /// Workers without a model that are there or coming.
     fn ready(&self) -> usize {
         self.workers.values().filter(|e| matches!(e.phase, Phase::Starting | Phase::Idle)).count()
+    }
+
+    fn dying(&self) -> NoWorker {
+        NoWorker::Dying { deaths: self.start_deaths, last_words: self.last_words.clone() }
     }
 
     /// How many of those there should be.

@@ -13,4 +13,4 @@ mod spawn;
 mod worker;
 
 pub use config::{Catalog, CatalogEntry, NodeConfig, NodeError, Watchdog, WorkerConfig};
-pub use node::{Node, PreloadFailure};
+pub use node::Node;

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
 use stoker_types::{
@@ -56,8 +57,12 @@ struct Inner {
     _lock: File,
 }
 
-/// Why a model could not be brought into memory.
-pub type PreloadFailure = StartFailure;
+/// A model of the catalog, ready to be started.
+struct Prepared {
+    files: CheckpointFiles,
+    /// The manifest for the worker.
+    manifest_json: Bytes,
+}
 
 // === impl Node ===
 
@@ -116,17 +121,15 @@ impl Node {
 
     async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
         let StartOrder { instance, generation, model, context, sequences_max, kv_bytes } = order;
-        let entry = self.lookup(&model)?;
+        let Prepared { files, manifest_json } = self.prepare(&model).await?;
         let (lease, resident) =
-            tokio::try_join!(self.take_worker(&model), self.bring_in(&model, &entry, Priority::Demand))?;
+            tokio::try_join!(self.take_worker(&model), self.bring_in(&model, &files, Priority::Demand))?;
 
         let report = resident.report().clone();
-        let manifest_json = serde_json::to_vec(&*entry.manifest)
-            .map_err(|e| StartFailure::NotRunnable { model: model.clone(), why: e.to_string() })?;
         let load = Load {
             instance: instance.0,
             generation: generation.0,
-            manifest_json: manifest_json.into(),
+            manifest_json,
             chunk_bytes: self.inner.store.chunk_bytes(),
             files: file_slots(&resident),
             context,
@@ -181,9 +184,9 @@ impl Node {
     ///
     /// # Errors
     /// [`StartFailure`].
-    pub async fn preload(&self, model: &ModelName) -> Result<(), PreloadFailure> {
-        let entry = self.lookup(model)?;
-        self.bring_in(model, &entry, Priority::Prefetch).await?;
+    pub async fn preload(&self, model: &ModelName) -> Result<(), StartFailure> {
+        let Prepared { files, .. } = self.prepare(model).await?;
+        self.bring_in(model, &files, Priority::Prefetch).await?;
         Ok(())
     }
 
@@ -228,7 +231,7 @@ impl Node {
     /// # Errors
     /// In words, why none can be.
     pub async fn ready(&self) -> Result<(), String> {
-        self.inner.fleet.take().await.map(drop).map_err(|e| e.to_string())
+        self.inner.fleet.ready().await.map_err(|e| e.to_string())
     }
 
     /// Ends everything: no start any more, running streams may take `grace`, then no process is left.
@@ -237,18 +240,11 @@ impl Node {
         self.inner.fleet.shutdown(grace, KILL_AFTER).await;
     }
 
-    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
-        let entry = self
-            .inner
-            .catalog
-            .lookup(model)
-            .ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })?;
-        let refusal = match (&entry.manifest.refusal, &entry.manifest.config) {
-            (None, Some(_)) => return Ok(entry),
-            (Some(why), _) => why.clone(),
-            (None, None) => "it has no configuration".into(),
-        };
-        Err(StartFailure::NotRunnable { model: model.clone(), why: refusal })
+    /// What a start needs of the catalog. On a thread that may block: a manifest may have to be read.
+    async fn prepare(&self, model: &ModelName) -> Result<Prepared, StartFailure> {
+        let (catalog, name) = (Arc::clone(&self.inner.catalog), model.clone());
+        let prepared = tokio::task::spawn_blocking(move || Prepared::new(&*catalog, &name)).await;
+        prepared.unwrap_or_else(|_| Err(StartFailure::Cancelled { model: model.clone() }))
     }
 
     async fn take_worker(&self, model: &ModelName) -> Result<Lease, StartFailure> {
@@ -261,14 +257,11 @@ impl Node {
     async fn bring_in(
         &self,
         model: &ModelName,
-        entry: &CatalogEntry,
+        files: &CheckpointFiles,
         priority: Priority,
     ) -> Result<Resident, StartFailure> {
-        let CatalogEntry { dir, manifest } = entry;
-        let files = CheckpointFiles::from_manifest(model.clone(), dir, manifest)
-            .map_err(|e| StartFailure::NotRunnable { model: model.clone(), why: e.to_string() })?;
         // Cancelled by dropping this future.
-        let loaded = self.inner.store.load(&files, priority, &CancellationToken::new()).await;
+        let loaded = self.inner.store.load(files, priority, &CancellationToken::new()).await;
         let resident = loaded.map_err(|e| start_failure(model, e))?;
         if !resident.joined() {
             let report = resident.report();
@@ -288,6 +281,29 @@ impl Node {
             }
         }
         Ok(resident)
+    }
+}
+
+// === impl Prepared ===
+
+impl Prepared {
+    fn new(catalog: &dyn Catalog, model: &ModelName) -> Result<Self, StartFailure> {
+        let not_runnable = |why| StartFailure::NotRunnable { model: model.clone(), why };
+        let entry =
+            catalog.lookup(model).ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })?;
+        let CatalogEntry { dir, manifest } = entry;
+        match (&manifest.refusal, &manifest.config) {
+            (None, Some(_)) => {}
+            (Some(why), _) => return Err(not_runnable(why.clone())),
+            (None, None) => return Err(not_runnable("it has no configuration".into())),
+        }
+        let files = CheckpointFiles::from_manifest(model.clone(), &dir, &manifest)
+            .map_err(|e| not_runnable(e.to_string()))?;
+        // The worker gets bytes that have been checked: the sums, most of a large manifest, are of no use to it.
+        let mut manifest = Arc::unwrap_or_clone(manifest);
+        manifest.files.iter_mut().for_each(|file| file.chunk_sums.clear());
+        let manifest_json = serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
+        Ok(Self { files, manifest_json })
     }
 }
 

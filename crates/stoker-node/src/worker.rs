@@ -13,7 +13,7 @@
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use stoker_proto::{
-    FrameReader, FrameWriter, PROTOCOL_VERSION,
+    FrameError, FrameReader, FrameWriter, PROTOCOL_VERSION,
     control::{self, FromWorker, Hello, Load, Ping, Pong, ToWorker, Unload, from_worker, to_worker},
 };
 use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
@@ -211,11 +211,12 @@ impl WorkerTask {
                 message = self.reader.next::<FromWorker>(), if connected => match message {
                     Ok(Some(FromWorker { kind: Some(kind) })) => self.heard(kind),
                     Ok(Some(FromWorker { kind: None })) => {}
-                    Ok(None) => {
+                    // It ends, or has ended; how, its exit status says.
+                    Ok(None) | Err(FrameError::Io(_) | FrameError::Truncated { .. }) => {
                         connected = false;
                         self.pulse.intervals = 0;
                     }
-                    Err(error) => {
+                    Err(error @ (FrameError::TooLong { .. } | FrameError::Decode(_))) => {
                         connected = false;
                         self.kill(format!("said what this node does not understand: {error}"));
                     }

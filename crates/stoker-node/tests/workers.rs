@@ -4,11 +4,12 @@
 
 mod support;
 
-use std::{io::BufRead, path::Path, process::ExitCode, time::Duration};
+use std::{io::BufRead, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rustix::process::Signal;
-use stoker_node::{Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
+use stoker_checkpoint::Source;
+use stoker_node::{CatalogEntry, Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
 use stoker_proto::stream::{FailureCode, Finish, Sampling};
 use stoker_types::{ByteSize, NodeEvent, Phase, StartFailure, StopFailure, StopMode, Tier, WorkerState};
 use stoker_worker::{StandIn, WorkerArgs, WorkerLimits};
@@ -22,7 +23,7 @@ use tokio::time::timeout;
 // === what the child processes run ===
 
 fn worker(standin: Option<Duration>, limits: WorkerLimits) -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
     let standin = standin.map(|step_time| StandIn { step_time });
     stoker_worker::run(WorkerArgs { threads: 1, standin, limits })
 }
@@ -74,6 +75,12 @@ async fn node_process() {
     let started = bed.node.start(bed.order("a")).await.unwrap();
     println!("READY {} {}", bed.pid(started.worker), started.socket.display());
     std::future::pending::<()>().await;
+}
+
+#[test]
+#[ignore = "a worker's process, with a real engine"]
+fn real_worker() -> ExitCode {
+    worker(None, WorkerLimits::default())
 }
 
 // === tests ===
@@ -160,8 +167,8 @@ async fn orders_that_cannot_be_obeyed() {
     bed.node.shutdown(Duration::ZERO).await;
 }
 
-fn models() -> std::sync::Arc<support::Models> {
-    std::sync::Arc::new(support::Models(std::collections::HashMap::new()))
+fn models() -> Arc<support::Models> {
+    Arc::new(support::Models(std::collections::HashMap::new()))
 }
 
 #[tokio::test]
@@ -478,7 +485,7 @@ async fn a_shutdown_lets_streams_finish_within_its_grace() {
     let started = bed.node.start(order.clone()).await.unwrap();
     let pid = bed.pid(started.worker);
     let mut client = Client::connect(&started.socket).await;
-    client.generate(1, order.generation.0, &[1], 30).await;
+    client.generate(1, order.generation.0, &[1], 100).await;
     assert!(client.next().await);
     let generation = order.generation.0;
     let (outcomes, ()) = tokio::join!(
@@ -642,5 +649,50 @@ async fn models_are_brought_into_memory_and_dropped_without_an_instance() {
     bed.node.start(bed.order("b")).await.unwrap();
     let failure = bed.node.preload(&support::name("c")).await.unwrap_err();
     assert!(matches!(failure, StartFailure::OutOfMemory { .. }), "{failure}");
+    bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_real_model_answers_as_its_reference() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    let mut models = std::collections::HashMap::new();
+    let kinds = ["tiny-llama", "tiny-llama-bf16-sharded", "tiny-llama3", "tiny-mistral"];
+    for kind in kinds {
+        let source = Source { uri: kind.into(), revision: None };
+        let manifest = stoker_checkpoint::index(&data.join(kind), source).unwrap();
+        models
+            .insert(support::name(kind), CatalogEntry { dir: data.join(kind), manifest: Arc::new(manifest) });
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let bed =
+        Bed::with_models(one_worker("real_worker"), dir, support::Models(models), ByteSize::mib(4 * 16));
+    let mut private_bytes = Vec::new();
+    // One worker, one model after the other, all of them in the same pool.
+    for kind in kinds.iter().chain(&kinds) {
+        let reference: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(data.join(kind).join("reference.json")).unwrap()).unwrap();
+        let mut order = bed.order(kind);
+        order.context = 64;
+        let started = bed.node.start(order.clone()).await.unwrap();
+        let mut client = Client::connect(&started.socket).await;
+        let ids = |value: &serde_json::Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
+        let cases = reference["cases"].as_array().unwrap();
+        let fitting =
+            cases.iter().filter(|c| ids(&c["prompt_ids"]).len() + ids(&c["greedy_ids"]).len() <= 64);
+        let mut compared = 0;
+        for (stream, case) in (0..).zip(fitting) {
+            let (prompt, greedy) = (ids(&case["prompt_ids"]), ids(&case["greedy_ids"]));
+            client.generate(stream, order.generation.0, &prompt, u32::try_from(greedy.len()).unwrap()).await;
+            assert_eq!(client.collect(1).await[&stream].ids, greedy, "{kind}");
+            compared += 1;
+        }
+        assert!(compared > 0);
+        bed.node.stop(order.instance, StopMode::IfIdle).await.unwrap();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", bed.pid(started.worker))).unwrap();
+        assert!(!maps.contains("stoker-pool"), "nothing of the pool stays mapped");
+        private_bytes.push(bed.node.snapshot().workers[0].private_bytes);
+    }
+    // Every model has been served once before: the second round adds nothing that stays.
+    assert!(private_bytes[7] <= private_bytes[3] + ByteSize::mib(1), "{private_bytes:?}");
     bed.node.shutdown(Duration::ZERO).await;
 }

@@ -211,6 +211,7 @@ impl EngineThread {
             self.fail_all("the model was taken away");
         }
         self.model = None;
+        self.publish();
         tracing::info!(instance, "model unloaded");
         UnloadOutcome::Unloaded
     }
@@ -461,4 +462,180 @@ impl From<SubmitError> for Refused {
 
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        process::{Command as Process, Stdio},
+        sync::atomic::AtomicBool,
+    };
+
+    use stoker_engine::EngineStats;
+    use stoker_proto::{
+        FrameReader, FrameWriter,
+        stream::{Sampling, ToWorker, to_worker},
+    };
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    /// What a fake engine does with each sequence at its first step.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Mood {
+        Fails,
+        Panics,
+        /// Computes for ever.
+        Works,
+    }
+
+    struct Fake {
+        mood: Mood,
+        running: Vec<u64>,
+        dropped: Arc<AtomicBool>,
+    }
+
+    struct FakeLoader(Mood, Arc<AtomicBool>);
+
+    impl Loader for FakeLoader {
+        fn load(&mut self, _: &Load) -> Result<LoadedModel, LoadError> {
+            let engine = Box::new(Fake { mood: self.0, running: vec![], dropped: Arc::clone(&self.1) });
+            Ok(LoadedModel { engine, map: Duration::ZERO, init: Duration::ZERO })
+        }
+    }
+
+    impl StepEngine for Fake {
+        fn submit(&mut self, request: SequenceRequest) -> Result<(), SubmitError> {
+            self.running.push(request.key);
+            Ok(())
+        }
+
+        fn abort(&mut self, key: u64) {
+            self.running.retain(|k| *k != key);
+        }
+
+        fn step(&mut self) -> StepOutput {
+            let mut output = StepOutput::default();
+            match self.mood {
+                Mood::Works => {}
+                Mood::Panics => panic!("a fault in a kernel"),
+                Mood::Fails => {
+                    let failure = |key| stoker_engine::Failure { key, message: "not a number".into() };
+                    output.failures.extend(self.running.drain(..).map(failure));
+                    // A key that nobody knows is passed over.
+                    output.failures.push(failure(u64::MAX));
+                }
+            }
+            output
+        }
+
+        fn is_idle(&self) -> bool {
+            self.running.is_empty()
+        }
+
+        fn stats(&self) -> EngineStats {
+            EngineStats::default()
+        }
+    }
+
+    impl Drop for Fake {
+        fn drop(&mut self) {
+            self.dropped.store(true, Ordering::SeqCst);
+        }
+    }
+
+    struct Bench {
+        commands: mpsc::Sender<Command>,
+        gateway: UnixStream,
+        dropped: Arc<AtomicBool>,
+        counters: Arc<Counters>,
+    }
+
+    /// An engine's thread with a loaded model of generation 1, and a connection to it.
+    async fn bench(mood: Mood) -> Bench {
+        let (commands, receiver) = mpsc::channel(8);
+        let dropped = Arc::new(AtomicBool::new(false));
+        let counters = Arc::<Counters>::default();
+        let loader = Box::new(FakeLoader(mood, Arc::clone(&dropped)));
+        let thread = EngineThread::new(receiver, loader, Arc::clone(&counters));
+        std::thread::spawn(move || thread.run());
+        let (reply, loaded) = oneshot::channel();
+        let order = Box::new(Load { instance: 5, generation: 1, ..Load::default() });
+        assert!(commands.send(Command::Load { order, reply }).await.is_ok());
+        assert!(loaded.await.unwrap().is_ok());
+        let (gateway, ours) = UnixStream::pair().unwrap();
+        tokio::spawn(crate::connection::serve(1, ours, 1 << 20, commands.clone()));
+        Bench { commands, gateway, dropped, counters }
+    }
+
+    async fn generate(gateway: &mut UnixStream, stream: u64) {
+        let sampling = Some(Sampling::from(&stoker_types::Sampling::default()));
+        let message = Generate {
+            stream,
+            generation: 1,
+            prompt: vec![1],
+            tokens_max: 9,
+            sampling,
+            ..Generate::default()
+        };
+        let message = ToWorker { kind: Some(to_worker::Kind::Generate(message)) };
+        FrameWriter::new(gateway).send(&message).await.unwrap();
+    }
+
+    async fn unload(bench: &Bench, force: bool) -> UnloadOutcome {
+        let (reply, outcome) = oneshot::channel();
+        assert!(bench.commands.send(Command::Unload { instance: 5, force, reply }).await.is_ok());
+        outcome.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_sequence_that_fails_is_said_to_have_failed() {
+        let mut bench = bench(Mood::Fails).await;
+        generate(&mut bench.gateway, 3).await;
+        let frame: FromWorker = FrameReader::new(&mut bench.gateway).next().await.unwrap().unwrap();
+        assert_eq!((frame.failures.len(), frame.failures[0].stream), (1, 3));
+        assert_eq!(frame.failures[0].code(), FailureCode::Internal);
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Unloaded));
+    }
+
+    #[tokio::test]
+    async fn a_model_is_dropped_before_that_is_said() {
+        let mut bench = bench(Mood::Works).await;
+        generate(&mut bench.gateway, 1).await;
+        generate(&mut bench.gateway, 2).await;
+        while bench.counters.pong(0).sequences < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Refused { sequences: 2 }));
+        assert!(!bench.dropped.load(Ordering::SeqCst));
+        assert!(matches!(unload(&bench, true).await, UnloadOutcome::Unloaded));
+        assert!(bench.dropped.load(Ordering::SeqCst));
+        let frame: FromWorker = FrameReader::new(&mut bench.gateway).next().await.unwrap().unwrap();
+        let mut streams: Vec<u64> = frame.failures.iter().map(|f| f.stream).collect();
+        streams.sort_unstable();
+        assert_eq!(streams, [1, 2]);
+        assert!(frame.failures.iter().all(|f| f.code() == FailureCode::Unloaded));
+        assert_eq!(bench.counters.pong(0).sequences, 0);
+        // What is not there is unloaded.
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Unloaded));
+    }
+
+    #[tokio::test]
+    #[ignore = "a process that panics"]
+    async fn panicking_process() {
+        crate::exit_on_panic();
+        let mut bench = bench(Mood::Panics).await;
+        generate(&mut bench.gateway, 1).await;
+        std::future::pending::<()>().await;
+    }
+
+    #[test]
+    fn a_panic_of_the_engine_ends_the_process() {
+        let child = Process::new(std::env::current_exe().unwrap())
+            .args(["engine::tests::panicking_process", "--exact", "--ignored", "--nocapture"])
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(child.status.code(), Some(i32::from(crate::EXIT_PANIC)));
+    }
 }

@@ -52,7 +52,11 @@ pub struct StandIn {
 }
 
 /// Runs a worker: standard input is the control socket. Returns when the node says so or is gone and the streams have
-/// ended. Ends the process on a panic in any thread. The caller has set up logging, to standard error.
+/// ended. Ends the process on a panic in any thread.
+///
+/// The caller has set up logging to standard error, in a way that takes no offence when that fails
+/// (`log_internal_errors(false)` of `tracing-subscriber`): when the node dies, nobody reads it any more, and the streams
+/// go on.
 #[must_use]
 pub fn run(args: WorkerArgs) -> ExitCode {
     exit_on_panic();

@@ -61,7 +61,8 @@ impl Client {
 
     /// Reads one frame; `false` at the end of the connection.
     pub(crate) async fn next(&mut self) -> bool {
-        let next = timeout(PATIENCE, self.reader.next()).await.expect("the worker said nothing");
+        let next =
+            timeout(PATIENCE, self.reader.next::<FromWorker>()).await.expect("the worker said nothing");
         let Ok(Some(frame)) = next else { return false };
         self.ended += frame.ends.len() + frame.failures.len();
         merge(&mut self.outcomes, frame);
