@@ -127,6 +127,9 @@ pub(crate) struct ServeArgs {
     /// Listen beyond loopback without a key
     #[arg(long)]
     pub(crate) insecure: bool,
+    /// Workers with an engine that costs nothing and says nothing: for measuring everything else
+    #[arg(long, hide = true)]
+    pub(crate) standin: bool,
 }
 
 #[derive(Debug, Args)]
@@ -230,6 +233,9 @@ pub(crate) struct BenchLoadArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchOverheadArgs {
+    /// Whose tokenizer and chat template
+    #[arg(long, default_value = "smollm2:135m")]
+    pub(crate) model: ModelName,
     /// Tokens of each answer
     #[arg(long, default_value_t = 32)]
     pub(crate) tokens: u32,
@@ -287,7 +293,7 @@ impl Cli {
             Command::Run(args) => &args.serve,
             _ => return common,
         };
-        let ServeArgs { listen, dram, kv, threads, workers, api_key, insecure } = serve.clone();
+        let ServeArgs { listen, dram, kv, threads, workers, api_key, insecure, standin: _ } = serve.clone();
         Overrides { listen, dram, kv, threads, workers, api_key, insecure, ..common }
     }
 }

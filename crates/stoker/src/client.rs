@@ -1,6 +1,6 @@
 //! HTTP to a running server: its admin socket and its API. Two short-lived connections a command; no pool.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use bytes::{Bytes, BytesMut};
@@ -118,10 +118,6 @@ impl AdminClient {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))?;
         decode(exchange(stream, request).await?).await
-    }
-
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
     }
 }
 

@@ -2,13 +2,106 @@
 
 mod cli;
 mod client;
+mod commands;
 mod config;
+mod library;
 mod output;
+mod serve;
+
+use std::process::ExitCode;
 
 use clap::Parser as _;
 
-fn main() {
-    let cli = cli::Cli::parse();
-    let environment = config::Environment::of_process();
-    let _ = config::Config::load(cli.overrides(), &environment);
+use crate::{
+    cli::{BenchCommand, Cli, Command, ConfigCommand},
+    client::AdminClient,
+    config::{Config, Environment},
+    output::Output,
+    serve::Variant,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let environment = Environment::of_process();
+    init_logging(&cli, &environment);
+    if let Command::Worker(args) = &cli.command {
+        return commands::worker::run(args);
+    }
+    match run(cli, &environment) {
+        Ok(code) => code,
+        Err(error) => {
+            // One line: what happened, and the causes behind it.
+            tracing::debug!(?error, "failed");
+            eprint_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last words of a command")]
+fn eprint_error(error: &anyhow::Error) {
+    eprintln!("stoker: {error:#}");
+}
+
+fn run(cli: Cli, environment: &Environment) -> anyhow::Result<ExitCode> {
+    let config = Config::load(cli.overrides(), environment)?;
+    let output = Output { json: cli.common.json };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(execute(cli.command, config, output))
+}
+
+async fn execute(command: Command, config: Config, output: Output) -> anyhow::Result<ExitCode> {
+    use commands::{chat, demo, memory, models};
+
+    let admin = AdminClient::new(config.dirs.admin_socket());
+    match command {
+        Command::Demo(args) => Box::pin(demo::run(&config, args, output)).await?,
+        Command::Serve(args) => {
+            Box::pin(commands::serve::run(&config, Variant { standin: args.standin }, output)).await?;
+        }
+        Command::Run(args) => Box::pin(chat::run(&config, args, output)).await?,
+        Command::Pull(args) => Box::pin(models::pull(&config, args, output)).await?,
+        Command::Ls => models::ls(&config, output)?,
+        Command::Ps => memory::ps(&admin, output).await?,
+        Command::Show(args) => models::show(&config, &args.model, output)?,
+        Command::Rm(args) => models::rm(&config, &args.model, output)?,
+        Command::Pin(args) => memory::tell(&admin, "pin", "stays in memory", args.model, output).await?,
+        Command::Unpin(args) => memory::tell(&admin, "unpin", "may make room", args.model, output).await?,
+        Command::Preload(args) => memory::tell(&admin, "preload", "is ready", args.model, output).await?,
+        Command::Unload(args) => memory::unload(&admin, args, output).await?,
+        Command::Verify(args) => return models::verify(&config, &args.model, output).await,
+        Command::Convert(args) => models::convert(&config, &args, output)?,
+        Command::Config(ConfigCommand::Check) => commands::config::check(&config, output)?,
+        Command::Bench(BenchCommand::Load(args)) => {
+            let dir = config.dirs.data.join("bench");
+            Box::pin(commands::bench::load::run(&args, &dir, |name| models::find(&config, name), output))
+                .await?;
+        }
+        Command::Bench(BenchCommand::Overhead(args)) => {
+            Box::pin(commands::bench::overhead::run(&config, &args, output)).await?;
+        }
+        Command::Bench(BenchCommand::Engine(args)) => {
+            let find = |name: &str| models::find(&config, name);
+            tokio::task::block_in_place(|| commands::bench::engine::run(&args, find, output))?;
+        }
+        Command::Worker(_) => anyhow::bail!("workers are started by the server"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn init_logging(cli: &Cli, environment: &Environment) {
+    use tracing_subscriber::{EnvFilter, fmt};
+
+    let quiet = match cli.command {
+        Command::Serve(_) | Command::Worker(_) => "info",
+        _ => "warn",
+    };
+    let filter = cli.common.log.as_deref().or_else(|| environment.get("STOKER_LOG")).unwrap_or(quiet);
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new(quiet));
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if cli.common.log_json {
+        builder.json().flatten_event(true).init();
+    } else {
+        builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
+    }
 }

@@ -58,6 +58,14 @@ impl Output {
         }
     }
 
+    /// A line about what goes on, on standard error; nothing in JSON mode.
+    #[expect(clippy::print_stderr, reason = "this is the module that prints")]
+    pub(crate) fn note(&self, text: &str) {
+        if !self.json {
+            eprintln!("{text}");
+        }
+    }
+
     /// A bar for `total` bytes on standard error, hidden in JSON mode and where standard error is no terminal.
     pub(crate) fn bytes_bar(&self, total: u64, message: String) -> ProgressBar {
         let bar = ProgressBar::new(total).with_message(message);

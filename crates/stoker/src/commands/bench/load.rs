@@ -1,0 +1,252 @@
+//! `stoker bench load`: SSD to DRAM with checksums, beside raw O_DIRECT reads of the same file into the same kind of
+//! memory, interleaved; and DRAM to worker.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, ensure};
+use serde::Serialize;
+use stoker_checkpoint::{Manifest, Trust, identity_of, manifest::CHUNK_BYTES};
+use stoker_io::{ChunkPool, LocalFiles, MappedFile, RawOptions, ReadMode, drop_page_cache, raw_limit};
+use stoker_store::{CheckpointFiles, Priority, SourceFile, Store, StoreConfig};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
+use tokio_util::sync::CancellationToken;
+
+use super::Spread;
+use crate::{cli::BenchLoadArgs, output::Output};
+
+/// Mappings timed; each one maps everything and unmaps it.
+const MAPPINGS: u32 = 20;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    bytes: u64,
+    checksums: &'static str,
+    reader: String,
+    ssd_to_dram: Rates,
+    dram_to_worker_ms: Spread,
+    cpu_seconds_per_gb: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Rates {
+    load_ms: Spread,
+    rate_bytes_per_s: f64,
+    limit_bytes_per_s: f64,
+    percent_of_limit: f64,
+    /// The raw reads' slowest and fastest: a load as fast as the disk has its median between them.
+    limit_min_bytes_per_s: f64,
+    limit_max_bytes_per_s: f64,
+    within_spread_of_limit: bool,
+}
+
+/// A file that is removed when the bench is over.
+struct Synthetic(PathBuf);
+
+impl Drop for Synthetic {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "the synthetic file stays");
+        }
+    }
+}
+
+/// Runs the bench. `named` finds a model by name.
+pub(crate) async fn run(
+    args: &BenchLoadArgs,
+    synthetic_dir: &Path,
+    named: impl FnOnce(&str) -> anyhow::Result<(PathBuf, Arc<Manifest>)>,
+    output: Output,
+) -> anyhow::Result<()> {
+    ensure!(args.runs > 0, "--runs must be at least 1");
+    let (_made, files) = files(args, synthetic_dir, named)?;
+    let bytes = files.bytes();
+    let pool_bytes = files.pool_bytes();
+    let config = StoreConfig { read_mode: mode(args.warm), ..StoreConfig::new(pool_bytes) };
+    let threads = config.read_threads;
+    let store = Store::open(config)?;
+    let raw_pool = ChunkPool::new(pool_bytes, ByteSize(CHUNK_BYTES))?;
+    let raw_options = RawOptions { threads, block_bytes: LocalFiles::default().block_bytes };
+    let cancel = CancellationToken::new();
+
+    let mut raw: Vec<Duration> = Vec::new();
+    let mut loads: Vec<Duration> = Vec::new();
+    let mut cpu = Duration::ZERO;
+    let mut reader = String::new();
+    let mut resident = None;
+    // Both pools' pages are touched before anything counts: memory that was never used is slower to write.
+    for round in 0..=args.runs {
+        drop(resident.take());
+        store.drop_all().await;
+        if !args.warm {
+            files.files().iter().try_for_each(|f| drop_page_cache(&f.path))?;
+        }
+        let mut time = Duration::ZERO;
+        for file in files.files() {
+            let (path, pool) = (file.path.clone(), &raw_pool);
+            time += tokio::task::block_in_place(|| raw_limit(&path, pool, raw_options))?.time;
+        }
+        if !args.warm {
+            files.files().iter().try_for_each(|f| drop_page_cache(&f.path))?;
+        }
+        let cpu_before = cpu_time();
+        let begun = clock::now();
+        let held = store.load(&files, Priority::Demand, &cancel).await?;
+        let took = begun.elapsed();
+        ensure!(held.report().bytes_from(Tier::Ssd) == bytes, "the load did not read everything from SSD");
+        if round > 0 {
+            raw.push(time);
+            loads.push(took);
+            cpu += cpu_time().saturating_sub(cpu_before);
+        }
+        reader = held.report().readers.first().map(ToString::to_string).unwrap_or_default();
+        resident = Some(held);
+    }
+    let held = resident.context("no load was made")?;
+    let fd = store.pool_fd()?;
+    let mut mappings = Vec::new();
+    for _ in 0..MAPPINGS {
+        let begun = clock::now();
+        let maps = held
+            .files()
+            .iter()
+            .map(|f| MappedFile::map(&fd, f.len, CHUNK_BYTES, &f.slots))
+            .collect::<Result<Vec<_>, _>>()?;
+        mappings.push(begun.elapsed());
+        drop(maps);
+    }
+
+    let rate = |time: f64| BytesPerSec::of(bytes, Duration::from_secs_f64(time / 1e3)).0;
+    let (load_ms, raw_ms) = (Spread::ms(&loads), Spread::ms(&raw));
+    #[expect(clippy::cast_precision_loss, reason = "for people")]
+    let gigabytes = bytes.0 as f64 / 1e9 * f64::from(args.runs);
+    let report = Report {
+        model: args.model.clone(),
+        bytes: bytes.0,
+        checksums: "crc-64/nvme",
+        reader,
+        ssd_to_dram: Rates {
+            load_ms,
+            rate_bytes_per_s: rate(load_ms.p50),
+            limit_bytes_per_s: rate(raw_ms.p50),
+            percent_of_limit: 100.0 * raw_ms.p50 / load_ms.p50,
+            limit_min_bytes_per_s: rate(raw_ms.max),
+            limit_max_bytes_per_s: rate(raw_ms.min),
+            within_spread_of_limit: (raw_ms.min..=raw_ms.max).contains(&load_ms.p50)
+                || load_ms.p50 < raw_ms.min,
+        },
+        dram_to_worker_ms: Spread::ms(&mappings),
+        cpu_seconds_per_gb: cpu.as_secs_f64() / gigabytes,
+    };
+    output.show(&report, |r| {
+        let s = &r.ssd_to_dram;
+        format!(
+            "{}: {}, reader {}, checksums {}\n\
+             SSD -> DRAM     {} median of {}; limit {} ({} to {}); {:.0} % of it{}\n\
+             DRAM -> worker  {:.2} ms median, {:.2} ms at the 99th percentile\n\
+             CPU             {:.2} s per GB",
+            r.model,
+            ByteSize(r.bytes),
+            r.reader,
+            r.checksums,
+            BytesPerSec(s.rate_bytes_per_s),
+            args.runs,
+            BytesPerSec(s.limit_bytes_per_s),
+            BytesPerSec(s.limit_min_bytes_per_s),
+            BytesPerSec(s.limit_max_bytes_per_s),
+            s.percent_of_limit,
+            if s.within_spread_of_limit { "" } else { ", below its spread" },
+            r.dram_to_worker_ms.p50,
+            r.dram_to_worker_ms.p99,
+            r.cpu_seconds_per_gb,
+        )
+    })
+}
+
+const fn mode(warm: bool) -> ReadMode {
+    if warm { ReadMode::Auto } else { ReadMode::Direct }
+}
+
+fn files(
+    args: &BenchLoadArgs,
+    synthetic_dir: &Path,
+    named: impl FnOnce(&str) -> anyhow::Result<(PathBuf, Arc<Manifest>)>,
+) -> anyhow::Result<(Option<Synthetic>, CheckpointFiles)> {
+    let name = ModelName::new("bench")?;
+    let plain = |path: &Path| -> anyhow::Result<CheckpointFiles> {
+        let file = SourceFile { path: path.into(), identity: identity_of(path)?, chunk_sums: Vec::new() };
+        Ok(CheckpointFiles::new(name.clone(), vec![file], Trust::None, CHUNK_BYTES, [])?)
+    };
+    if let Some(size) = args.model.strip_prefix("synth:") {
+        let size: ByteSize = size.parse()?;
+        let dir = args.dir.as_deref().unwrap_or(synthetic_dir);
+        std::fs::create_dir_all(dir)?;
+        let path = dir.join(format!("bench-{}.bin", std::process::id()));
+        let made = Synthetic(path);
+        fill(&made.0, size).with_context(|| format!("making {}", made.0.display()))?;
+        let files = plain(&made.0)?;
+        return Ok((Some(made), files));
+    }
+    let path = Path::new(&args.model);
+    if path.is_file() {
+        return Ok((None, plain(&std::path::absolute(path)?)?));
+    }
+    let (dir, manifest) = named(&args.model)?;
+    Ok((None, CheckpointFiles::from_manifest(name, &dir, &manifest)?))
+}
+
+/// Writes `size` bytes that no disk compresses, and waits until they are on it.
+fn fill(path: &Path, size: ByteSize) -> std::io::Result<()> {
+    let mut file = std::fs::File::create_new(path)?;
+    let mut block = vec![0_u8; 1 << 20];
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut left = size.0;
+    while left > 0 {
+        for word in block.chunks_exact_mut(8) {
+            // xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators".
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            word.copy_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        }
+        let part = usize::try_from(left.min(block.len() as u64)).unwrap_or(block.len());
+        file.write_all(&block[..part])?;
+        left -= part as u64;
+    }
+    file.sync_all()
+}
+
+/// User and system time of this process so far.
+fn cpu_time() -> Duration {
+    std::fs::read_to_string("/proc/self/stat")
+        .ok()
+        .and_then(|s| parse_stat(&s))
+        .map(|(_, time)| time)
+        .unwrap_or_default()
+}
+
+/// Parent and CPU time from proc(5)'s `stat`: fields 4, 14 and 15. The second field is in parentheses and may contain
+/// anything.
+pub(crate) fn parse_stat(stat: &str) -> Option<(u32, Duration)> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks: u64 = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    let milliseconds = ticks * 1000 / rustix::param::clock_ticks_per_second().max(1);
+    Some((fields.get(1)?.parse().ok()?, Duration::from_millis(milliseconds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_is_read_past_any_name() {
+        let stat = "12 (a) b (c) S 7 1 1 0 -1 4194560 1 2 3 4 150 50 0 0 20 0 1 0 100";
+        assert_eq!(parse_stat(stat), Some((7, Duration::from_secs(2))));
+        assert!(parse_stat("nonsense").is_none());
+    }
+}

@@ -1,0 +1,10 @@
+//! One module per command, or per family of them.
+
+pub(crate) mod bench;
+pub(crate) mod chat;
+pub(crate) mod config;
+pub(crate) mod demo;
+pub(crate) mod memory;
+pub(crate) mod models;
+pub(crate) mod serve;
+pub(crate) mod worker;

@@ -1,0 +1,325 @@
+//! The admin API: HTTP on a Unix socket that only its owner may use.
+
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::{Deserialize, Serialize};
+use stoker_controller::{ControllerHandle, InstanceStatus, UnloadError};
+use stoker_node::Node;
+use stoker_types::{ByteSize, ModelName, Refusal, StartFailure, TierRate};
+use tokio::{net::UnixListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::library::Library;
+
+/// What the handlers work with.
+#[derive(Clone)]
+pub(crate) struct AdminState {
+    pub(crate) controller: ControllerHandle,
+    pub(crate) node: Node,
+    pub(crate) library: Library,
+    pub(crate) wait_max: Duration,
+}
+
+/// The listener and its task.
+pub(crate) struct AdminServer {
+    socket: PathBuf,
+    stop: CancellationToken,
+    task: JoinHandle<std::io::Result<()>>,
+}
+
+/// `GET /status`: what `stoker ps` shows.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct StatusReport {
+    pub(crate) dram: Budget,
+    pub(crate) kv: Budget,
+    /// Requests that wait for a seat.
+    pub(crate) waiting: usize,
+    pub(crate) rates: Vec<TierRate>,
+    pub(crate) instances: Vec<InstanceRow>,
+    /// What is in DRAM without an instance too: bytes from the front of each model.
+    pub(crate) cached: Vec<CachedRow>,
+    /// Worker processes, whatever they do.
+    pub(crate) workers: usize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Budget {
+    pub(crate) used: ByteSize,
+    pub(crate) budget: ByteSize,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct InstanceRow {
+    pub(crate) instance: String,
+    pub(crate) model: ModelName,
+    pub(crate) state: String,
+    pub(crate) pid: Option<u32>,
+    pub(crate) context: u32,
+    pub(crate) sequences: u32,
+    pub(crate) in_flight: u32,
+    pub(crate) pool_bytes: ByteSize,
+    pub(crate) kv_bytes: ByteSize,
+    pub(crate) pinned: bool,
+    pub(crate) idle_ms: Option<u128>,
+    pub(crate) expires_in_ms: Option<u128>,
+    pub(crate) load_ms: f64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CachedRow {
+    pub(crate) model: ModelName,
+    pub(crate) bytes: ByteSize,
+}
+
+/// Body of the requests about one model.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ModelRequest {
+    pub(crate) model: ModelName,
+}
+
+/// Body of `POST /unload`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct UnloadRequest {
+    /// `None`: all.
+    pub(crate) model: Option<ModelName>,
+    #[serde(default)]
+    pub(crate) force: bool,
+    #[serde(default)]
+    pub(crate) dram: bool,
+}
+
+/// What was unloaded.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Unloaded {
+    pub(crate) instances: usize,
+    pub(crate) freed: ByteSize,
+}
+
+/// It was done.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Done {
+    pub(crate) model: ModelName,
+}
+
+/// A failure, as an HTTP answer in the API's shape.
+struct AdminError {
+    status: StatusCode,
+    message: String,
+}
+
+// === impl AdminServer ===
+
+impl AdminServer {
+    /// Listens on `socket`, which is replaced if nobody listens on it any more.
+    ///
+    /// # Errors
+    /// When another server listens there, or the operating system refuses.
+    pub(crate) fn start(socket: &Path, state: AdminState) -> anyhow::Result<Self> {
+        if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+            anyhow::bail!("another stoker serves here already ({}); stop it first", socket.display());
+        }
+        match std::fs::remove_file(socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("removing the stale {}", socket.display()));
+            }
+            _ => {}
+        }
+        let listener =
+            UnixListener::bind(socket).with_context(|| format!("admin socket {}", socket.display()))?;
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+        let router = Router::new()
+            .route("/status", get(status))
+            .route("/explain", get(explain))
+            .route("/pin", post(pin))
+            .route("/unpin", post(unpin))
+            .route("/preload", post(preload))
+            .route("/unload", post(unload))
+            .with_state(state);
+        let stop = CancellationToken::new();
+        let stopped = stop.clone().cancelled_owned();
+        let task =
+            tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await });
+        Ok(Self { socket: socket.into(), stop, task })
+    }
+
+    /// Finishes what is being answered and removes the socket.
+    pub(crate) async fn stop(self) {
+        self.stop.cancel();
+        match self.task.await {
+            Ok(Ok(())) => {}
+            other => tracing::warn!(?other, "the admin API ended badly"),
+        }
+        if let Err(error) = std::fs::remove_file(&self.socket) {
+            tracing::warn!(%error, "the admin socket stays");
+        }
+    }
+}
+
+// === handlers ===
+
+async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
+    let AdminState { controller, node, .. } = state;
+    let snapshot = node.snapshot();
+    let overall = controller.status();
+    let row = |i: InstanceStatus| InstanceRow {
+        instance: i.instance.to_string(),
+        model: i.model,
+        state: i.state.to_owned(),
+        pid: snapshot.workers.iter().find(|w| Some(w.worker) == i.worker).map(|w| w.pid),
+        context: i.context,
+        sequences: i.sequences,
+        in_flight: i.in_flight,
+        pool_bytes: i.pool_bytes,
+        kv_bytes: i.kv_bytes,
+        pinned: i.pinned,
+        idle_ms: i.idle.map(|d| d.as_millis()),
+        expires_in_ms: i.expires_in.map(|d| d.as_millis()),
+        load_ms: i.load_time.as_secs_f64() * 1e3,
+    };
+    let instances = controller.instances().into_iter().map(row).collect();
+    Json(StatusReport {
+        dram: Budget { used: snapshot.dram_used, budget: snapshot.dram_budget },
+        kv: Budget { used: overall.kv_used, budget: overall.kv_budget },
+        waiting: overall.waiting,
+        rates: snapshot.rates,
+        instances,
+        cached: snapshot.residency.into_iter().map(|(model, bytes)| CachedRow { model, bytes }).collect(),
+        workers: snapshot.workers.len(),
+    })
+}
+
+async fn explain(
+    State(state): State<AdminState>,
+    Query(request): Query<ModelRequest>,
+) -> Result<Response, AdminError> {
+    match state.controller.explain(&request.model) {
+        Some(explanation) => Ok(Json(explanation).into_response()),
+        None => Err(unknown(&state, &request.model)),
+    }
+}
+
+async fn pin(
+    State(state): State<AdminState>,
+    Json(request): Json<ModelRequest>,
+) -> Result<Json<Done>, AdminError> {
+    known(&state, &request.model)?;
+    state.controller.pin(&request.model)?;
+    Ok(Json(Done { model: request.model }))
+}
+
+async fn unpin(
+    State(state): State<AdminState>,
+    Json(request): Json<ModelRequest>,
+) -> Result<Json<Done>, AdminError> {
+    known(&state, &request.model)?;
+    state.controller.unpin(&request.model)?;
+    Ok(Json(Done { model: request.model }))
+}
+
+async fn preload(
+    State(state): State<AdminState>,
+    Json(request): Json<ModelRequest>,
+) -> Result<Json<Done>, AdminError> {
+    known(&state, &request.model)?;
+    state.controller.preload(&request.model, state.wait_max).await?;
+    Ok(Json(Done { model: request.model }))
+}
+
+async fn unload(
+    State(state): State<AdminState>,
+    Json(request): Json<UnloadRequest>,
+) -> Result<Json<Unloaded>, AdminError> {
+    let UnloadRequest { model, force, dram } = request;
+    let everything = model.is_none();
+    let models = match &model {
+        Some(model) => {
+            known(&state, model)?;
+            vec![model.clone()]
+        }
+        None => {
+            let mut all: Vec<ModelName> = state.controller.instances().into_iter().map(|i| i.model).collect();
+            all.sort();
+            all.dedup();
+            all
+        }
+    };
+    let mut instances = 0;
+    for model in &models {
+        match state.controller.unload(model, force).await {
+            Ok(stopped) => instances += stopped,
+            // Asked for everything, or for the DRAM too: that there is no instance is no failure.
+            Err(UnloadError::NotLoaded { .. }) if dram || everything => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let mut freed = ByteSize::ZERO;
+    if dram {
+        let cached = match model {
+            Some(model) => vec![model],
+            None => state.node.snapshot().residency.into_iter().map(|(model, _)| model).collect(),
+        };
+        for model in cached {
+            freed += state.node.evict(&model).await.freed;
+        }
+    }
+    Ok(Json(Unloaded { instances, freed }))
+}
+
+fn known(state: &AdminState, model: &ModelName) -> Result<(), AdminError> {
+    if state.library.knows(model) { Ok(()) } else { Err(unknown(state, model)) }
+}
+
+fn unknown(state: &AdminState, model: &ModelName) -> AdminError {
+    AdminError { status: StatusCode::NOT_FOUND, message: state.library.not_found(model.as_str()) }
+}
+
+// === impl AdminError ===
+
+impl From<Refusal> for AdminError {
+    fn from(refusal: Refusal) -> Self {
+        let status = match &refusal {
+            Refusal::NotInTime { .. } | Refusal::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Refusal::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Refusal::TooLarge { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            Refusal::Start(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self { status, message: refusal.to_string() }
+    }
+}
+
+impl From<StartFailure> for AdminError {
+    fn from(failure: StartFailure) -> Self {
+        Refusal::from(failure).into()
+    }
+}
+
+impl From<UnloadError> for AdminError {
+    fn from(error: UnloadError) -> Self {
+        let status = match error {
+            UnloadError::NotLoaded { .. } => StatusCode::NOT_FOUND,
+            UnloadError::Busy { .. } | UnloadError::Loading { .. } => StatusCode::CONFLICT,
+        };
+        Self { status, message: error.to_string() }
+    }
+}
+
+impl IntoResponse for AdminError {
+    fn into_response(self) -> Response {
+        let body = serde_json::json!({ "error": { "message": self.message, "code": self.status.as_u16() } });
+        (self.status, Json(body)).into_response()
+    }
+}
