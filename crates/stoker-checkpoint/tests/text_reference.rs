@@ -1,5 +1,11 @@
 //! The text side against transformers' answers.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "what these functions unwrap and print is a test's"
+)]
+
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use proptest::prelude::*;
@@ -16,11 +22,18 @@ fn data(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data").join(name)
 }
 
-/// The GGUF file that the references were made with; too large for the repository.
-fn smollm2() -> gguf::Header {
-    let path = std::env::var_os("STOKER_TEST_GGUF")
-        .expect("STOKER_TEST_GGUF: path of SmolLM2-135M-Instruct.Q4_1.gguf");
-    gguf::Header::open(path.as_ref()).unwrap()
+/// The GGUF file that the references were made with, which `STOKER_TEST_GGUF` names (`scripts/test` downloads it).
+/// `None` only where skipping was asked for.
+fn smollm2() -> Option<gguf::Header> {
+    if let Some(path) = std::env::var_os("STOKER_TEST_GGUF") {
+        return Some(gguf::Header::open(path.as_ref()).unwrap());
+    }
+    assert!(
+        std::env::var_os("STOKER_TEST_ALLOW_SKIP").is_some(),
+        "STOKER_TEST_GGUF must name SmolLM2-135M-Instruct.Q4_1.gguf; STOKER_TEST_ALLOW_SKIP=1 goes on without"
+    );
+    println!("skipped: STOKER_TEST_GGUF is not set");
+    None
 }
 
 fn tiny() -> Tokenizer {
@@ -58,9 +71,8 @@ fn render(source: &str, tokenizer: &Tokenizer, question: &str) -> String {
 }
 
 #[test]
-#[ignore = "needs the SmolLM2 GGUF file: set STOKER_TEST_GGUF"]
 fn smollm2_prompts_and_answers_equal_the_reference() {
-    let header = smollm2();
+    let Some(header) = smollm2() else { return };
     let from_gguf = tokenizer::from_gguf(&header).unwrap();
     let template = header.str("tokenizer.chat_template").unwrap();
     let config = from_gguf.to_tokenizer_config(Some(template), 8192);
@@ -85,11 +97,11 @@ fn smollm2_prompts_and_answers_equal_the_reference() {
 }
 
 #[test]
-#[ignore = "needs the SmolLM2 GGUF file: set STOKER_TEST_GGUF"]
 fn long_and_monotonous_texts_are_tokenised_whole() {
-    let tokenizer = tokenizer::from_gguf(&smollm2()).unwrap();
+    let Some(header) = smollm2() else { return };
+    let tokenizer = tokenizer::from_gguf(&header).unwrap();
     for unit in [" ", "a", "\n", "7", "word ", "é😀 "] {
-        let text = unit.repeat((3 << 20) / unit.len());
+        let text = unit.repeat((1 << 19) / unit.len());
         let ids = tokenizer.encode(&text, false).unwrap();
         assert!(ids.len() >= tokenizer.tokens_min(text.len()), "{unit:?}");
         assert!(tokenizer.decode(&ids, false) == text, "{unit:?}");

@@ -107,7 +107,9 @@ pub(crate) async fn download(
         }
         failures += 1;
         let why = match &trouble {
-            Trouble::Transient { why, .. } | Trouble::Unreachable(why) => why.clone(),
+            Trouble::Transient { error: SourceError::Unreachable { why, .. }, .. }
+            | Trouble::Unreachable(why) => why.clone(),
+            Trouble::Transient { error, .. } => error.to_string(),
             Trouble::Idle => format!("silent for {} s", remote.config().idle_timeout.as_secs_f32()),
             Trouble::Final(error) => error.to_string(),
         };
@@ -260,9 +262,5 @@ async fn pour(
 
 fn cut_short(url: &Url) -> Trouble {
     let why = "the answer ended early".to_owned();
-    Trouble::Transient {
-        why: why.clone(),
-        after: None,
-        error: SourceError::Unreachable { host: host(url), why },
-    }
+    Trouble::Transient { after: None, error: SourceError::Unreachable { host: host(url), why } }
 }

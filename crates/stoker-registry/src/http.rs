@@ -66,7 +66,7 @@ pub(crate) enum Trouble {
     /// Silence.
     Idle,
     /// Worth another try.
-    Transient { why: String, after: Option<Duration>, error: SourceError },
+    Transient { after: Option<Duration>, error: SourceError },
     /// Not worth another try.
     Final(SourceError),
 }
@@ -191,7 +191,7 @@ impl Remote {
             }
             Ok(Err(e)) => {
                 let error = SourceError::Unreachable { host: address, why: causes(&e) };
-                Err(Trouble::Transient { why: causes(&e), after: None, error })
+                Err(Trouble::Transient { after: None, error })
             }
         }
     }
@@ -255,8 +255,8 @@ impl Remote {
             Ok(Ok(bytes)) => Ok(bytes),
             Ok(Err(e)) => {
                 let why = causes(&e);
-                let error = SourceError::Unreachable { host: host(response.url()), why: why.clone() };
-                Err(Trouble::Transient { why, after: None, error })
+                let error = SourceError::Unreachable { host: host(response.url()), why };
+                Err(Trouble::Transient { after: None, error })
             }
         }
     }
@@ -286,7 +286,7 @@ impl Remote {
                 }
                 (None, error)
             }
-            Trouble::Transient { after, error, .. } => (after, error),
+            Trouble::Transient { after, error } => (after, error),
         };
         if failures >= self.config.tries || after.is_some_and(|after| after > RETRY_AFTER_MAX) {
             return Err(error);
@@ -359,11 +359,7 @@ fn transient(response: &Response, url: String) -> Trouble {
         .get(RETRY_AFTER)
         .and_then(|v| v.to_str().ok()?.parse().ok())
         .map(Duration::from_secs);
-    Trouble::Transient {
-        why: status.to_string(),
-        after,
-        error: SourceError::Status { url, status: status.as_u16() },
-    }
+    Trouble::Transient { after, error: SourceError::Status { url, status: status.as_u16() } }
 }
 
 pub(crate) fn header(response: &Response, name: &str) -> Option<String> {

@@ -132,7 +132,7 @@ impl Registry {
         match self.get(name) {
             Ok(entry) => {
                 let source_uri = entry.manifest.source.uri;
-                return Err(RegistryError::AlreadyExists { name: name.clone(), source_uri });
+                Err(RegistryError::AlreadyExists { name: name.clone(), source_uri })
             }
             Err(RegistryError::NotFound { .. }) => self.reference(name, path),
             Err(error) => Err(error),

@@ -1,5 +1,7 @@
 //! Pulling, against a server that misbehaves.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking; the helpers are no test functions")]
+
 mod common;
 
 use std::{

@@ -186,7 +186,8 @@ pub(super) fn strftime(now: Duration, format: &str) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
     let (year, month, day) = civil(days);
-    let (month_name, weekday) = (MONTHS[month as usize - 1], WEEKDAYS[(days + 4) as usize % 7]);
+    // The first day of the epoch was a Thursday.
+    let (month_name, weekday) = (pick(&MONTHS, month - 1), pick(&WEEKDAYS, days + 4));
     let hour_12 = (hour + 11) % 12 + 1;
     let day_of_year = days - days_before(year) + 1;
     let mut out = String::new();
@@ -235,6 +236,11 @@ pub(super) fn strftime(now: Duration, format: &str) -> String {
         out.push_str(&text);
     }
     out
+}
+
+/// The name with a number, counted round and round.
+fn pick<const N: usize>(names: &[&'static str; N], number: u64) -> &'static str {
+    names[usize::try_from(number % N as u64).unwrap_or(0)]
 }
 
 /// Year, month and day of a day since 1970-01-01 (Hinnant, "chrono-compatible low-level date algorithms").

@@ -53,8 +53,7 @@ impl Pieces {
             longest: 0,
             strips_leading_space: style.strips_leading_space,
         };
-        let mut id = 0;
-        for name in names {
+        for (name, id) in names.into_iter().zip(0_u32..) {
             let before = pieces.bytes.len();
             match added.get(&id) {
                 Some(token) => {
@@ -66,7 +65,6 @@ impl Pieces {
             pieces.longest = pieces.longest.max(pieces.bytes.len() - before);
             let end = u32::try_from(pieces.bytes.len());
             pieces.ends.push(end.map_err(|_| TextError::bad_tokenizer("the vocabulary exceeds 4 GiB"))?);
-            id += 1;
         }
         Ok(pieces)
     }
