@@ -22,6 +22,7 @@ use tokio::{
     process::{Child, Command},
     task::JoinHandle,
 };
+use tracing::Level;
 
 use crate::WorkerConfig;
 
@@ -126,10 +127,21 @@ async fn forward(worker: WorkerId, stderr: impl AsyncRead + Unpin, lines: LastLi
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end();
         if !text.is_empty() {
-            tracing::info!(target: "stoker_worker", %worker, "{text}");
+            match level(text) {
+                Level::ERROR => tracing::error!(target: "stoker_worker", %worker, "{text}"),
+                Level::WARN => tracing::warn!(target: "stoker_worker", %worker, "{text}"),
+                _ => tracing::info!(target: "stoker_worker", %worker, "{text}"),
+            }
             lines.push(text.to_owned());
         }
     }
+}
+
+/// The level of a worker's log line, text or JSON: both say it near the beginning.
+fn level(line: &str) -> Level {
+    let begin = line.split_at_checked(64).map_or(line, |(begin, _)| begin);
+    let says = |level: &str| begin.contains(&format!(" {level} ")) || begin.contains(&format!("\"{level}\""));
+    [Level::ERROR, Level::WARN].into_iter().find(|l| says(l.as_str())).unwrap_or(Level::INFO)
 }
 
 // === impl SocketFile ===
@@ -171,6 +183,20 @@ mod tests {
     fn own_memory_is_known() {
         assert!(private_bytes(std::process::id()).unwrap() > 0);
         assert_eq!(private_bytes(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_lines_level_is_kept() {
+        for (line, is) in [
+            ("2026-11-22T13:00:00.123456Z ERROR engine: panicked", Level::ERROR),
+            ("2026-11-22T13:00:00.123456Z  WARN worker: gateway", Level::WARN),
+            ("2026-11-22T13:00:00.123456Z  INFO worker: model loaded", Level::INFO),
+            (r#"{"timestamp":"2026-11-22T13:00:00.1Z","level":"WARN","message":"x"}"#, Level::WARN),
+            ("an ERRORLESS line", Level::INFO),
+            ("\u{e4}", Level::INFO),
+        ] {
+            assert_eq!(level(line), is, "{line}");
+        }
     }
 
     #[tokio::test]

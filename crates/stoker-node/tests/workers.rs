@@ -199,23 +199,22 @@ async fn every_stream_ends_exactly_once_whatever_happens_to_it() {
     let started = bed.node.start(order).await.unwrap();
     let mut rng = StdRng::seed_from_u64(11);
     let mut clients = [Client::connect(&started.socket).await, Client::connect(&started.socket).await];
-    let streams = 200;
+    let streams = 200_u32;
     for stream in 0..streams {
         for client in &mut clients {
-            let mut message =
-                generate(stream, generation, &[u32::try_from(stream).unwrap()], rng.random_range(1..50));
+            let mut message = generate(stream.into(), generation, &[stream], rng.random_range(1..50));
             match rng.random_range(0..8) {
                 0 => message.generation += 1,
                 1 => message.prompt.clear(),
                 2 => message.prompt = vec![1; 5000],
                 3 => message.prompt = vec![5_000_000],
                 4 => message.sampling = None,
-                5 => message.stop_ids = vec![u32::try_from(stream).unwrap() + 3],
+                5 => message.stop_ids = vec![stream + 3],
                 _ => message.sampling = Some(Sampling { top_p: 2.0, ..message.sampling.unwrap() }),
             }
             client.say(stoker_proto::stream::to_worker::Kind::Generate(message)).await;
             if rng.random_bool(0.3) {
-                client.abort(rng.random_range(0..=stream)).await;
+                client.abort(rng.random_range(0..=stream).into()).await;
             }
         }
     }

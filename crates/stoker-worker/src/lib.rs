@@ -93,10 +93,13 @@ fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
 
 fn exit_on_panic() {
     panic::set_hook(Box::new(|info| {
-        let backtrace = Backtrace::force_capture();
         let thread = std::thread::current();
         let thread = thread.name().unwrap_or("?");
-        tracing::error!(thread, %backtrace, "panicked: {info}");
+        let location = info.location().map(ToString::to_string).unwrap_or_default();
+        let message = info.payload_as_str().unwrap_or("?");
+        tracing::error!(thread, "{}", Backtrace::force_capture());
+        // Last: it is what the node quotes.
+        tracing::error!(thread, "panicked at {location}: {message}");
         #[expect(
             clippy::exit,
             reason = "no stack may be unwound past here: a half-dead worker would hang its streams"
