@@ -78,6 +78,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, bytes: &[u8]) {
+        super::prefetch(bytes);
+    }
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Float256 {
         // SAFETY: `self` shows that the features are there.
         let value = unsafe { _mm256_set1_ps(value) };

@@ -66,6 +66,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(self, bytes: &[u8]) {
+        super::prefetch(bytes);
+    }
+
+    #[inline(always)]
     fn splat(self, value: f32) -> Float512 {
         // SAFETY: `self` shows that the features are there.
         Float512(unsafe { _mm512_set1_ps(value) })

@@ -28,6 +28,17 @@ pub(super) struct Lanes(pub(super) [u32; LANES]);
 #[repr(C, align(64))]
 pub(super) struct FLanes(pub(super) [f32; LANES]);
 
+/// Brings bytes to the second-level cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch(bytes: &[u8]) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    for line in bytes.chunks(64) {
+        // SAFETY: a hint for an address inside of a slice; every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+}
+
 /// An instruction set.
 pub(super) trait Simd: Copy {
     /// Sixteen 32-bit words.
@@ -40,6 +51,10 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// 16 bytes must be readable at each of the sixteen addresses.
     unsafe fn quad(self, first: *const u8, stride: usize) -> [Self::Word; 4];
+
+    /// Says that these bytes will be read soon.
+    #[inline(always)]
+    fn prefetch(self, _bytes: &[u8]) {}
 
     /// The same value in all lanes.
     fn splat(self, value: f32) -> Self::Float;
