@@ -15,8 +15,8 @@ use std::{
 };
 
 use stoker_checkpoint::{
-    Architecture, CHUNK_BYTES, ChunkSum, Format, GenerationDefaults, Manifest, ModelConfig, Rope, RopeLayout,
-    Source, TokenizerFiles, Trust, WeightFile,
+    Architecture, ChunkSum, Format, GenerationDefaults, Manifest, ModelConfig, Rope, RopeLayout, Source,
+    TokenizerFiles, Trust, WeightFile, manifest::CHUNK_BYTES,
 };
 use stoker_node::{Catalog, CatalogEntry, Node, NodeConfig, Watchdog, WorkerConfig};
 use stoker_store::{Store, StoreConfig};
