@@ -1,9 +1,6 @@
 //! The memory tier: which chunks of which models are in it, who holds them, and which go when room is needed.
 
-use std::{
-    collections::{HashMap, HashSet},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use stoker_checkpoint::ChunkSum;
 use stoker_io::{Chunk, ChunkBuf, ChunkPool};
@@ -20,7 +17,8 @@ use crate::{
 #[derive(Debug, Default)]
 pub(crate) struct Cache {
     models: HashMap<ModelKey, Model>,
-    pinned: HashSet<ModelName>,
+    /// With the last job that was accepted before the pin.
+    pinned: HashMap<ModelName, JobId>,
     /// Slots set aside for streams.
     ring_slots: usize,
     evictions: Evictions,
@@ -97,20 +95,23 @@ impl Cache {
             .iter()
             .filter(|(key, _)| but != Some(key))
             .map(|(key, model)| match model.holds {
-                0 if self.pinned.contains(&key.name) => model.resident,
+                0 if self.pinned.contains_key(&key.name) => model.resident,
                 0 => 0,
                 // Held in whole, also while it is being loaded: so two loads never wait for each other's slots.
-                _ => model.chunks.len(),
+                _ if model.load.is_some() => model.chunks.len(),
+                // Whole, or of a failed load whose waiters haven't all heard of it.
+                _ => model.resident,
             })
             .sum::<usize>()
             + self.ring_slots;
         Room { free: budget.saturating_sub(held), held }
     }
 
-    /// A free slot, by eviction if need be, and how many chunks went for it.
+    /// A free slot for a job, by eviction if need be, and how many chunks went for it.
     pub(crate) fn take_slot(
         &mut self,
         pool: &ChunkPool,
+        asker: JobId,
         now: Duration,
         reload: Duration,
     ) -> Option<(ChunkBuf, u32)> {
@@ -119,7 +120,7 @@ impl Cache {
             if let Some(buf) = pool.try_take() {
                 return Some((buf, evicted));
             }
-            if !self.evict_one(EvictReason::Room, now, reload) {
+            if !self.evict_one(EvictReason::Room, Some(asker), now, reload) {
                 return None;
             }
             evicted += 1;
@@ -130,20 +131,29 @@ impl Cache {
     pub(crate) fn shrink(&mut self, pool: &ChunkPool, now: Duration, reload: Duration) {
         loop {
             let usage = pool.usage();
-            if usage.in_use <= usage.budget || !self.evict_one(EvictReason::Budget, now, reload) {
+            if usage.in_use <= usage.budget || !self.evict_one(EvictReason::Budget, None, now, reload) {
                 return;
             }
         }
     }
 
-    /// Evicts the chunk that is worth least.
-    fn evict_one(&mut self, reason: EvictReason, now: Duration, reload: Duration) -> bool {
-        let pinned = &self.pinned;
+    /// Evicts the chunk that is worth least. A pin doesn't protect from a job that was promised its room before: that
+    /// job would wait for ever.
+    fn evict_one(
+        &mut self,
+        reason: EvictReason,
+        asker: Option<JobId>,
+        now: Duration,
+        reload: Duration,
+    ) -> bool {
+        let pinned = |name: &ModelName| self.pinned.get(name);
+        let may_go =
+            |name: &ModelName| pinned(name).is_none_or(|since| asker.is_some_and(|asker| asker <= *since));
         let worst = self
             .models
             .iter_mut()
-            .filter(|(key, model)| model.holds == 0 && model.resident > 0 && !pinned.contains(&key.name))
-            .filter_map(|(_, model)| {
+            .filter(|(key, model)| model.holds == 0 && model.resident > 0 && may_go(&key.name))
+            .filter_map(|(key, model)| {
                 let position = model.last_evictable()?;
                 let facts = ChunkFacts {
                     heat: model.heat.at(now),
@@ -151,10 +161,10 @@ impl Cache {
                     position: u32::try_from(position).unwrap_or(u32::MAX),
                     of: u32::try_from(model.chunks.len()).unwrap_or(u32::MAX),
                 };
-                Some((facts.keep_score(), position, model))
+                Some((pinned(&key.name).is_some(), facts.keep_score(), position, model))
             })
-            .min_by(|a, b| a.0.total_cmp(&b.0));
-        let Some((_, position, model)) = worst else { return false };
+            .min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        let Some((_, _, position, model)) = worst else { return false };
         model.drop_chunk(position);
         self.count(reason, 1);
         true
@@ -185,12 +195,13 @@ impl Cache {
         self.pinned.remove(name);
     }
 
-    pub(crate) fn set_pinned(&mut self, name: &ModelName, pinned: bool) {
-        if pinned {
-            self.pinned.insert(name.clone());
-        } else {
-            self.pinned.remove(name);
-        }
+    /// Pins a model; `last` is the job accepted last.
+    pub(crate) fn pin(&mut self, name: &ModelName, last: JobId) {
+        self.pinned.entry(name.clone()).or_insert(last);
+    }
+
+    pub(crate) fn unpin(&mut self, name: &ModelName) {
+        self.pinned.remove(name);
     }
 
     pub(crate) fn set_aside(&mut self, slots: usize) {
@@ -214,7 +225,7 @@ impl Cache {
             .models
             .iter()
             .filter(|(_, model)| model.resident > 0 || model.holds > 0)
-            .map(|(key, model)| model.residency(key, self.pinned.contains(&key.name)))
+            .map(|(key, model)| model.residency(key, self.pinned.contains_key(&key.name)))
             .collect();
         all.sort_by(|a, b| a.model.cmp(&b.model));
         all

@@ -242,6 +242,11 @@ impl fmt::Debug for CheckpointFiles {
 
 #[cfg(test)]
 mod tests {
+    use stoker_checkpoint::{
+        Format, GenerationDefaults, Source, Tensor, TokenizerFiles, WeightFile, manifest::MANIFEST_VERSION,
+    };
+    use stoker_types::DType;
+
     use super::*;
 
     fn file(len: u64, sums: usize) -> SourceFile {
@@ -267,6 +272,48 @@ mod tests {
         assert_eq!(model.chunk_len(ChunkRef { file: 0, index: 2 }), 5);
         assert_eq!(model.by_file(0, [1, 2, 3, 4]), [vec![3, 4, 2], vec![1], vec![]]);
         assert_eq!((model.bytes(), model.pool_bytes()), (ByteSize(35), ByteSize(40)));
+    }
+
+    #[test]
+    fn a_manifests_tensors_decide_the_order() {
+        let tensor = |file, offset, len| Tensor {
+            name: "t".into(),
+            role: None,
+            dtype: DType::U8,
+            shape: vec![len],
+            file,
+            offset,
+            len,
+        };
+        let weights = |path: &str, chunks| WeightFile {
+            path: path.into(),
+            identity: FileIdentity { len: chunks * CHUNK_BYTES, mtime_ns: 1, inode: 1 },
+            sha256: None,
+            chunk_sums: Vec::new(),
+        };
+        let manifest = Manifest {
+            version: MANIFEST_VERSION,
+            source: Source { uri: "test".into(), revision: None },
+            trust: Trust::None,
+            format: Format::Safetensors,
+            config: None,
+            refusal: None,
+            files: vec![weights("a", 3), weights("b", 2)],
+            tokenizer: TokenizerFiles::None,
+            generation: GenerationDefaults::default(),
+            tensors: vec![
+                tensor(1, CHUNK_BYTES - 1, 2),
+                tensor(0, 2 * CHUNK_BYTES, 0),
+                // From beyond its file, or of no file at all: no chunk, no endless loop.
+                tensor(0, u64::MAX - 5, u64::MAX),
+                tensor(9, 0, u64::MAX),
+            ],
+        };
+        let name = ModelName::new("m").unwrap();
+        let model = CheckpointFiles::from_manifest(name, Path::new("/models/m"), &manifest).unwrap();
+        let order: Vec<_> = model.order().iter().map(|c| (c.file, c.index)).collect();
+        assert_eq!(order, [(1, 0), (1, 1), (0, 2), (0, 0), (0, 1)]);
+        assert_eq!(model.files()[1].path, Path::new("/models/m/b"));
     }
 
     #[test]

@@ -172,6 +172,11 @@ impl Jobs {
         self.jobs.remove(&id)
     }
 
+    /// The job accepted last.
+    pub(crate) fn last(&self) -> JobId {
+        JobId(self.last)
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.jobs.len()
     }
@@ -254,7 +259,7 @@ impl Job {
         {
             return None;
         }
-        let (buf, evicted) = cache.take_slot(pool, now, reload)?;
+        let (buf, evicted) = cache.take_slot(pool, id, now, reload)?;
         self.pending.pop_front();
         self.in_flight += 1;
         self.tally.evicted += evicted;

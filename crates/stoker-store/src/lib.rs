@@ -11,6 +11,10 @@
 //! - a chunk enters the cache only after its sum was found right (or learned, when none was known);
 //! - a held model's chunks are not evicted; holds are values, given back by drop;
 //! - a load that fails or is cancelled leaves no chunk that it brought.
+//!
+//! Metrics: `stoker_store_{budget,used,mapped}_bytes`, `stoker_store_rate_bytes_per_second{tier}`,
+//! `stoker_store_read_bytes_total{tier,reader}`, `stoker_store_loads_total{kind,outcome}`, `stoker_store_load_seconds`,
+//! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`.
 
 mod cache;
 mod error;

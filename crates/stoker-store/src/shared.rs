@@ -319,8 +319,8 @@ impl Shared {
                     break;
                 }
                 let Some(job) = state.jobs.get_mut(id) else { continue };
-                if matches!(job.target, Target::Ring(_)) {
-                    // A stream goes on with what it has: its slots come back when it ends.
+                if matches!(job.target, Target::Ring(_)) && self.budget() > 0 {
+                    // A stream goes on with fewer slots; those that it set aside come back when it ends.
                     continue;
                 }
                 let needed = job.files.order().len();

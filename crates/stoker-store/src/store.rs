@@ -37,7 +37,8 @@ pub struct StoreConfig {
 }
 
 /// The checkpoint store of one server: disk and memory tiers. A cheap handle; when the last one is dropped, loads end
-/// with [`LoadError::Closed`] and the reading threads end. Guards keep their chunks beyond that.
+/// with [`LoadError::Closed`] and the reading threads end, which that drop waits for: at most a chunk's time. Guards keep
+/// their chunks beyond that.
 ///
 /// Its functions don't wait for the disk unless they are async.
 #[derive(Clone)]
@@ -128,14 +129,16 @@ impl Store {
         ChunkStream::begin(&self.shared, files, options)
     }
 
-    /// Pins a model: what is in memory of it is not evicted to make room.
+    /// Pins a model: what is in memory of it, now or later, is not evicted to make room (except for a load that was
+    /// accepted before the pin, if there is no other way).
     pub fn pin(&self, model: &ModelName) {
-        self.shared.lock().cache.set_pinned(model, true);
+        let state = &mut *self.shared.lock();
+        state.cache.pin(model, state.jobs.last());
     }
 
     /// Takes a pin away.
     pub fn unpin(&self, model: &ModelName) {
-        self.shared.lock().cache.set_pinned(model, false);
+        self.shared.lock().cache.unpin(model);
         self.shared.wake.wake();
     }
 

@@ -28,6 +28,14 @@ struct Transfer {
     settled: bool,
 }
 
+/// A step on all files. Dropped before its end, it fails its job, as [`Transfer`] does.
+struct Step<'a> {
+    shared: &'a Shared,
+    job: JobId,
+    files: &'a CheckpointFiles,
+    ended: bool,
+}
+
 // === impl Puller ===
 
 impl Work for Puller {
@@ -35,13 +43,17 @@ impl Work for Puller {
         let shared = Arc::clone(&self.0);
         match shared.assign()? {
             Assignment::Open { job, files, mode } => Some(Box::new(move || {
+                let step = Step::begin(&shared, job, &files);
                 let opened = open(&shared, &files, mode);
+                step.end();
                 shared.opened(job, opened);
             })),
             Assignment::Read(read) => Some(Box::new(move || Transfer::start(shared, read))),
             Assignment::Check { job, files, readers } => Some(Box::new(move || {
+                let step = Step::begin(&shared, job, &files);
                 let checked =
                     files.files().iter().zip(&readers).try_for_each(|(file, reader)| same(file, &**reader));
+                step.end();
                 shared.finished(job, checked);
             })),
         }
@@ -182,6 +194,27 @@ impl Drop for Transfer {
         self.end_metering(0);
         if !self.settled {
             self.shared.fail(self.job, LoadError::Lost { path: self.file().path.clone() });
+        }
+    }
+}
+
+// === impl Step ===
+
+impl<'a> Step<'a> {
+    fn begin(shared: &'a Shared, job: JobId, files: &'a CheckpointFiles) -> Self {
+        Self { shared, job, files, ended: false }
+    }
+
+    fn end(mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            let path = self.files.files().first().map(|file| file.path.clone()).unwrap_or_default();
+            self.shared.fail(self.job, LoadError::Lost { path });
         }
     }
 }

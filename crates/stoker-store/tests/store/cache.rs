@@ -173,6 +173,49 @@ async fn memory_goes_back_to_the_system() {
     assert!(changes.has_changed().unwrap());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_loads_that_no_longer_fit_the_most_urgent_go_on() {
+    let fixture = Fixture::with_threads(9, 2);
+    let [a, b, c] = ["a", "b", "c"].map(|name| fixture.model(name, &[3 * CHUNK], Trust::Chunk));
+    let gate = Gate::default();
+    for path in ["a-0", "b-0"] {
+        fixture.faults.add(Fault {
+            path: path.into(),
+            bytes: 0..1,
+            times: 1,
+            kind: FaultKind::Wait(gate.clone()),
+        });
+    }
+    let begin = |model: &Model, priority| fixture.store.begin(&model.files, priority).unwrap();
+    let (a_load, b_load) = (begin(&a, Priority::Demand), begin(&b, Priority::Prefetch));
+    let c_load = begin(&c, Priority::Demand);
+    fixture.store.set_budget(chunks(7)).await;
+    assert!(matches!(b_load.wait(&CancellationToken::new()).await, Err(LoadError::OutOfBudget { .. })));
+    gate.open();
+    fixture.check(&a, &a_load.wait(&CancellationToken::new()).await.unwrap());
+    fixture.check(&c, &c_load.wait(&CancellationToken::new()).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pin_does_not_starve_a_load_that_was_accepted_before() {
+    let fixture = Fixture::with_threads(6, 1);
+    let (old, new) =
+        (fixture.model("old", &[4 * CHUNK], Trust::Chunk), fixture.model("new", &[5 * CHUNK], Trust::Chunk));
+    drop(fixture.load(&old).await.unwrap());
+    let gate = Gate::default();
+    fixture.faults.add(Fault {
+        path: "new-0".into(),
+        bytes: 0..1,
+        times: 1,
+        kind: FaultKind::Wait(gate.clone()),
+    });
+    let loading = fixture.store.begin(&new.files, Priority::Demand).unwrap();
+    fixture.store.pin(&name("old"));
+    gate.open();
+    fixture.check(&new, &loading.wait(&CancellationToken::new()).await.unwrap());
+    assert_eq!(resident(&fixture, &old), chunks(1), "no more than needed");
+}
+
 async fn read_all(stream: &mut ChunkStream, model: &Model) -> Result<usize, LoadError> {
     let mut seen = 0;
     while let Some(chunk) = stream.next().await? {
