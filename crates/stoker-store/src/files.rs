@@ -97,9 +97,12 @@ impl CheckpointFiles {
             })
             .collect();
         let touched = manifest.tensors.iter().flat_map(|tensor| {
+            // Bounded by the file, not by what the tensor says.
+            let file = manifest.files.get(tensor.file as usize);
+            let chunks = file.map_or(0, |file| file.identity.len.div_ceil(CHUNK_BYTES));
             let first = tensor.offset / CHUNK_BYTES;
             let last = tensor.offset.saturating_add(tensor.len.saturating_sub(1)) / CHUNK_BYTES;
-            (first..=last)
+            (first..chunks.min(last.saturating_add(1)))
                 .map_while(|index| Some(ChunkRef { file: tensor.file, index: u32::try_from(index).ok()? }))
         });
         Self::new(name, files, manifest.trust, CHUNK_BYTES, touched)
