@@ -489,6 +489,11 @@ mod tests {
         (x ^ x >> 13) & 0x00ff_ffff
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "a whole number that was written as one")]
+    fn read(entry: f32) -> u32 {
+        entry as u32
+    }
+
     impl Model for Hashes {
         fn vocab_size(&self) -> u32 {
             VOCAB
@@ -507,7 +512,7 @@ mod tests {
                     span.blocks[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
                 };
                 for position in span.start..span.start + span.rows {
-                    let before = (0..position).fold(1, |hash, p| mix(hash, layer.keys[at(p)] as u32));
+                    let before = (0..position).fold(1, |hash, p| mix(hash, read(layer.keys[at(p)])));
                     let entry = mix(before, batch.tokens[row]);
                     layer.keys[at(position)] = entry as f32;
                     layer.values[at(position)] = position as f32;
@@ -646,7 +651,11 @@ mod tests {
                     sampling: Sampling { top_p: 2.0, ..Sampling::default() },
                     ..request(2, prompt(3, 0), 5)
                 },
-                SubmitError::Sampling { parameter: "top_p", value: 2.0, expected: "it must be above 0, at most 1" },
+                SubmitError::Sampling {
+                    parameter: "top_p",
+                    value: 2.0,
+                    expected: "it must be above 0, at most 1",
+                },
             ),
         ];
         for (request, expected) in cases {
@@ -842,7 +851,8 @@ mod tests {
     #[test]
     fn sequences_that_do_not_fit_together_are_preempted_and_all_end() {
         let mut engine = Engine::new(Box::new(Hashes), limits(14)).unwrap();
-        let requests: Vec<_> = (0..6).map(|key| request(key, prompt(40, u32::try_from(key).unwrap()), 300)).collect();
+        let requests: Vec<_> =
+            (0..6).map(|key| request(key, prompt(40, u32::try_from(key).unwrap()), 300)).collect();
         for request in &requests {
             engine.submit(request.clone()).unwrap();
         }

@@ -478,7 +478,7 @@ mod tests {
             match random.below(10) {
                 0 | 1 if sequences.len() < 8 => {
                     // Few texts, so that prefixes meet.
-                    let salt = random.below(2) as u8;
+                    let salt = u8::from(random.below(2) == 1);
                     let mut tokens = vec![0; 1 + random.below(5 * BLOCK_TOKENS)];
                     let from = random.below(tokens.len() + BLOCK_TOKENS);
                     tokens.iter_mut().skip(from).for_each(|t| *t = 1);
@@ -503,7 +503,7 @@ mod tests {
                     let at = random.below(sequences.len());
                     let sequence = &mut sequences[at];
                     if sequence.computed == sequence.tokens.len() {
-                        sequence.tokens.push(random.below(2) as u32);
+                        sequence.tokens.push(u32::from(random.below(2) == 1));
                     }
                 }
                 _ if !sequences.is_empty() => {

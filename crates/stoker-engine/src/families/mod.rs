@@ -14,8 +14,10 @@ use tensors::Tensors;
 /// A family: an architecture and what builds a model of it.
 struct Family {
     architecture: Architecture,
-    load: fn(&ModelConfig, &Tensors<'_>, Arc<Threads>) -> Result<Box<dyn Model>, EngineError>,
+    load: Load,
 }
+
+type Load = fn(&ModelConfig, &Tensors<'_>, Arc<Threads>) -> Result<Box<dyn Model>, EngineError>;
 
 /// Every family that the engine computes.
 const FAMILIES: &[Family] = &[Family { architecture: Architecture::Llama, load: llama::load }];

@@ -1,5 +1,6 @@
 //! Models for the engine's tests.
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![expect(clippy::unwrap_used, reason = "a failure here fails the test")]
 
 use std::{
     path::{Path, PathBuf},
@@ -88,6 +89,7 @@ impl Checkpoint {
 }
 
 /// Blocks of Q4_1 and Q8_0, as ggml makes them.
+#[expect(clippy::cast_possible_truncation, reason = "rounded and in range")]
 fn quantise(dtype: DType, values: &[f32; 32], out: &mut Vec<u8>) {
     let half = |v: f32| half::f16::from_f32(v).to_le_bytes();
     let largest = values.iter().copied().fold(f32::MIN, f32::max);
