@@ -34,6 +34,10 @@ impl Model for Timed {
         self.model.kv_shape()
     }
 
+    fn threads(&self) -> &Threads {
+        self.model.threads()
+    }
+
     fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
         let start = clock::now();
         self.model.forward(batch, kv, logits);

@@ -11,13 +11,14 @@
 
 use std::collections::{HashSet, VecDeque};
 
+use parking_lot::Mutex;
 use stoker_types::{FinishReason, Sampling, clock};
 
 use crate::{
     Batch, Begun, End, EngineError, EngineLimits, EngineStats, Failure, Model, NewToken, SequenceRequest,
     Span, StepEngine, StepOutput, SubmitError,
     kv::{BlockPool, BlockTable},
-    sampling::{self, Occurrences, Sampler},
+    sampling::{self, Choice, Occurrences, Sampler, SamplingError},
     storage::KvStorage,
 };
 
@@ -30,7 +31,8 @@ pub struct Engine {
     limits: EngineLimits,
     pool: BlockPool,
     storage: KvStorage,
-    sampler: Sampler,
+    /// One for each of the model's threads.
+    samplers: Vec<Mutex<Sampler>>,
     /// In order of arrival.
     running: Vec<Sequence>,
     /// In order of arrival; a preempted sequence is older than all that were never admitted.
@@ -124,12 +126,13 @@ impl Engine {
         // No more than all sequences at their full length, and the cache, can ever use; block ids are 32 bits wide.
         let blocks = blocks.min(u32::MAX as usize);
         let storage = KvStorage::new(shape, blocks)?;
+        let samplers = (0..model.threads().count()).map(|_| Mutex::default()).collect();
         Ok(Self {
             model,
             limits,
             pool: BlockPool::new(blocks),
             storage,
-            sampler: Sampler::default(),
+            samplers,
             running: Vec::new(),
             waiting: VecDeque::new(),
             aborted: HashSet::new(),
@@ -276,9 +279,7 @@ impl Engine {
 
     /// Takes note of what was computed, and chooses tokens.
     fn advance(&mut self, shares: &[Share], output: &mut StepOutput) {
-        let vocab_size = self.model.vocab_size() as usize;
-        let mut logits = self.buffers.logits.chunks_exact(vocab_size);
-        let mut over = HashSet::new();
+        let mut choosing = Vec::with_capacity(shares.len());
         let now = clock::now();
         for share in shares {
             let sequence = &mut self.running[share.sequence];
@@ -291,6 +292,7 @@ impl Engine {
             if sequence.pending() > 0 {
                 continue;
             }
+            choosing.push(share.sequence);
             if !sequence.begun {
                 sequence.begun = true;
                 let began = sequence.began.unwrap_or(now);
@@ -301,11 +303,13 @@ impl Engine {
                     cached_tokens: count(sequence.cached_tokens.min(sequence.prompt_tokens)),
                 });
             }
-            let row = logits.next().expect("the model computed logits for each of these rows");
-            let position = count(sequence.tokens.len() - sequence.prompt_tokens);
-            match self.sampler.choose(row, &sequence.sampling, &sequence.occurrences, position) {
-                Ok(choice) => {
-                    let sampling::Choice { token, logprob, top } = choice;
+        }
+        let mut over = HashSet::new();
+        for (at, choice) in choosing.iter().zip(self.choose(&choosing)) {
+            let sequence = &mut self.running[*at];
+            let position = sequence.position();
+            match choice {
+                Ok(Choice { token, logprob, top }) => {
                     self.stats.tokens += 1;
                     output.tokens.push(NewToken { key: sequence.key, position, id: token, logprob, top });
                     sequence.push(token);
@@ -324,6 +328,26 @@ impl Engine {
         if !over.is_empty() {
             self.running.retain(|sequence| !over.contains(&sequence.key));
         }
+    }
+
+    /// The next tokens of some running sequences, whose logits are in the buffers in the same order. On all of the
+    /// model's threads: with many cores or a large vocabulary one thread would be what a step waits for.
+    fn choose(&self, sequences: &[usize]) -> Vec<Result<Choice, SamplingError>> {
+        let Self { model, running, samplers, buffers, .. } = self;
+        let rows = buffers.logits.chunks_exact(model.vocab_size() as usize);
+        assert_eq!(rows.len(), sequences.len(), "the model computed the logits that were asked for");
+        let choices: Vec<Mutex<Result<Choice, SamplingError>>> =
+            sequences.iter().map(|_| Mutex::new(Err(SamplingError::Empty))).collect();
+        model.threads().parallel(sequences.len(), 1, |range, thread| {
+            let mut sampler = samplers[thread].lock();
+            for at in range {
+                let sequence = &running[sequences[at]];
+                let Sequence { sampling, occurrences, .. } = sequence;
+                let Some(row) = rows.clone().nth(at) else { continue };
+                *choices[at].lock() = sampler.choose(row, sampling, occurrences, sequence.position());
+            }
+        });
+        choices.into_iter().map(Mutex::into_inner).collect()
     }
 }
 
@@ -434,6 +458,11 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Of the next token, among the generated ones.
+    fn position(&self) -> u32 {
+        count(self.tokens.len() - self.prompt_tokens)
+    }
+
     /// The KV of the first `computed` tokens turned out to be there.
     fn reuse(&mut self, computed: usize, stats: &mut EngineStats) {
         let reused = computed - self.computed;
@@ -475,13 +504,20 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{kv::BLOCK_TOKENS, storage::KvShape};
+    use crate::{Threads, kv::BLOCK_TOKENS, storage::KvShape};
 
     const VOCAB: u32 = 19;
 
     /// A model without arithmetic whose logits depend on every KV entry of the sequence, so that a block that is
     /// overwritten, stale, or another sequence's changes what is generated. Each entry is a hash of the entries before.
-    struct Hashes;
+    struct Hashes(Threads);
+
+    /// Of both models here.
+    const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 1 };
+
+    fn hashes() -> Box<dyn Model> {
+        Box::new(Hashes(Threads::new(1).unwrap()))
+    }
 
     fn mix(a: u32, b: u32) -> u32 {
         let x = (a ^ b.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
@@ -500,7 +536,11 @@ mod tests {
         }
 
         fn kv_shape(&self) -> KvShape {
-            KvShape { layers: 1, kv_heads: 1, head_dim: 1 }
+            SHAPE
+        }
+
+        fn threads(&self) -> &Threads {
+            &self.0
         }
 
         fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
@@ -527,7 +567,7 @@ mod tests {
     }
 
     /// Logits that are no numbers.
-    struct Broken;
+    struct Broken(Threads);
 
     impl Model for Broken {
         fn vocab_size(&self) -> u32 {
@@ -535,7 +575,11 @@ mod tests {
         }
 
         fn kv_shape(&self) -> KvShape {
-            Hashes.kv_shape()
+            SHAPE
+        }
+
+        fn threads(&self) -> &Threads {
+            &self.0
         }
 
         fn forward(&mut self, batch: &Batch<'_>, _: &mut KvStorage, logits: &mut Vec<f32>) {
@@ -548,7 +592,7 @@ mod tests {
         EngineLimits {
             context: 400,
             sequences_max: 6,
-            kv_bytes: blocks * Hashes.kv_shape().block_bytes(),
+            kv_bytes: blocks * SHAPE.block_bytes(),
             prefill_tokens_per_step: 48,
         }
     }
@@ -604,7 +648,7 @@ mod tests {
     }
 
     fn alone(request: &SequenceRequest) -> Vec<u32> {
-        let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(16)).unwrap();
         engine.submit(request.clone()).unwrap();
         run(&mut engine).ids.remove(&request.key).unwrap_or_default()
     }
@@ -615,7 +659,7 @@ mod tests {
 
     #[test]
     fn a_sequence_ends_at_a_stop_id_at_its_length_or_at_the_context() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(64)).unwrap();
         let full = alone(&request(1, prompt(5, 1), 20));
         assert_eq!(full.len(), 20);
         let stop_ids = vec![full[7]];
@@ -635,7 +679,7 @@ mod tests {
 
     #[test]
     fn what_can_not_be_computed_is_refused() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(4)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(4)).unwrap();
         engine.submit(request(1, prompt(3, 0), 5)).unwrap();
         let cases = [
             (request(2, vec![], 5), SubmitError::EmptyPrompt),
@@ -673,16 +717,16 @@ mod tests {
             (EngineLimits { sequences_max: 0, ..limits(4) }, "sequences_max"),
             (EngineLimits { prefill_tokens_per_step: 0, ..limits(4) }, "prefill_tokens_per_step"),
         ] {
-            let found = Engine::new(Box::new(Hashes), zero).unwrap_err();
+            let found = Engine::new(hashes(), zero).unwrap_err();
             assert!(matches!(found, EngineError::Limits { limit } if limit == error));
         }
-        let small = Engine::new(Box::new(Hashes), EngineLimits { kv_bytes: 255, ..limits(4) }).unwrap_err();
+        let small = Engine::new(hashes(), EngineLimits { kv_bytes: 255, ..limits(4) }).unwrap_err();
         assert!(matches!(small, EngineError::KvTooSmall { kv_bytes: 255, block_bytes: 256 }));
     }
 
     #[test]
     fn the_queue_is_bounded() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(4)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(4)).unwrap();
         for key in 0..WAITING_MAX as u64 {
             engine.submit(request(key, vec![1], 1)).unwrap();
         }
@@ -693,7 +737,7 @@ mod tests {
 
     #[test]
     fn an_aborted_sequence_ends_at_the_next_step_and_gives_its_blocks_back() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(64)).unwrap();
         for key in 0..8 {
             engine.submit(request(key, prompt(40, 1), 100)).unwrap();
         }
@@ -718,7 +762,7 @@ mod tests {
 
     #[test]
     fn logits_that_are_no_numbers_fail_their_sequence_only_once() {
-        let mut engine = Engine::new(Box::new(Broken), limits(8)).unwrap();
+        let mut engine = Engine::new(Box::new(Broken(Threads::new(2).unwrap())), limits(8)).unwrap();
         engine.submit(request(3, prompt(4, 0), 9)).unwrap();
         let output = engine.step();
         assert_eq!(output.failures.len(), 1);
@@ -729,7 +773,7 @@ mod tests {
 
     #[test]
     fn a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_advances() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(64)).unwrap();
         engine.submit(request(1, prompt(390, 1), 2)).unwrap();
         engine.step();
         for key in 2..30 {
@@ -751,7 +795,7 @@ mod tests {
 
     #[test]
     fn answers_to_one_prompt_compute_it_once() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(64)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(64)).unwrap();
         let text = prompt(200, 5);
         for key in 0..4 {
             engine.submit(request(key, text.clone(), 8)).unwrap();
@@ -783,7 +827,7 @@ mod tests {
         let full = alone(&penalised);
         for from in 0..=40 {
             let resumed = SequenceRequest { generated: full[..from].to_vec(), ..penalised.clone() };
-            let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+            let mut engine = Engine::new(hashes(), limits(16)).unwrap();
             engine.submit(resumed).unwrap();
             let mut positions = Vec::new();
             let mut ids = Vec::new();
@@ -797,7 +841,7 @@ mod tests {
             assert_eq!(positions, (from..40).collect::<Vec<_>>());
         }
         let over = SequenceRequest { stop_ids: vec![7], generated: vec![3, 7], ..penalised };
-        let mut engine = Engine::new(Box::new(Hashes), limits(16)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(16)).unwrap();
         engine.submit(over).unwrap();
         assert_eq!(engine.step().ends, [End { key: 1, finish: FinishReason::Stop }]);
     }
@@ -814,7 +858,7 @@ mod tests {
             shapes in prop::collection::vec((1_usize..150, 0_u32..3, 0_u32..60, 0_usize..30, 0_u8..10), 1..14),
         ) {
             let limits = EngineLimits { prefill_tokens_per_step, sequences_max, ..limits(blocks) };
-            let mut engine = Engine::new(Box::new(Hashes), limits).unwrap();
+            let mut engine = Engine::new(hashes(), limits).unwrap();
             let mut outcome = Outcome::default();
             let mut requests = Vec::new();
             for (key, (length, seed, tokens_max, pause, abort)) in (0..).zip(shapes) {
@@ -850,7 +894,7 @@ mod tests {
 
     #[test]
     fn sequences_that_do_not_fit_together_are_preempted_and_all_end() {
-        let mut engine = Engine::new(Box::new(Hashes), limits(14)).unwrap();
+        let mut engine = Engine::new(hashes(), limits(14)).unwrap();
         let requests: Vec<_> =
             (0..6).map(|key| request(key, prompt(40, u32::try_from(key).unwrap()), 300)).collect();
         for request in &requests {

@@ -3,6 +3,7 @@
 use crate::{
     kv::BlockId,
     storage::{KvShape, KvStorage},
+    threads::Threads,
 };
 
 /// Rows to compute in one forward pass.
@@ -34,6 +35,9 @@ pub trait Model: Send {
 
     /// What its KV looks like.
     fn kv_shape(&self) -> KvShape;
+
+    /// The threads that it computes with; free for others between passes.
+    fn threads(&self) -> &Threads;
 
     /// Computes a batch: writes keys and values of its rows into their blocks and the wanted logits, `[logit_rows,
     /// vocab]`, into `logits`, whose content is replaced.

@@ -238,6 +238,10 @@ impl Model for Llama {
         }
     }
 
+    fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
     fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
         let Self { threads, hidden, attention: shape, norm_epsilon, .. } = self;
         let (hidden, epsilon) = (*hidden, *norm_epsilon);
