@@ -153,7 +153,7 @@ def test_config_check_shows_origins(gguf):
     server = Server('keep_alive = "3m"\n')
     settings = {s["key"]: s for s in server.json("config", "check")["settings"]}
     assert settings["keep_alive"]["origin"] == "file"
-    assert settings["listen"]["origin"] == "environment"
+    assert settings["listen"]["origin"] == "STOKER_LISTEN"
     server.config.write_text('keep_alife = "3m"\n')
     done = server.command("config", "check", check=False)
     assert done.returncode != 0 and "did you mean `keep_alive`" in done.stderr

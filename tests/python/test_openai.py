@@ -22,7 +22,7 @@ def test_models_are_listed_loaded_or_not(client):
 
 
 def test_an_answer(client):
-    answer = chat(client, "What is the capital of France?")
+    answer = chat(client, "What is the capital of France? Answer in one sentence.")
     assert "Paris" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
     assert answer.usage.prompt_tokens > 30  # the template adds a system message

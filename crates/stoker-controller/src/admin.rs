@@ -7,13 +7,16 @@ use stoker_scheduler::{
     sizing::{Sizing, size},
 };
 use stoker_types::{InstanceId, ModelName, Refusal, StartFailure, StopMode};
-use tokio::time::timeout_at;
+use tokio::{sync::watch, time::timeout_at};
 
 use crate::{
     admit::ControllerHandle,
     report::{Explanation, InstanceStatus, Status},
     state::{State, Wanted},
 };
+
+/// How long a request that was announced may take to ask for its seat.
+const EXPECTED: Duration = Duration::from_secs(2);
 
 /// Why a model was not unloaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -146,31 +149,7 @@ impl ControllerHandle {
     /// # Errors
     /// As [`ControllerHandle::admit`].
     pub async fn preload(&self, model: &ModelName, wait_max: Duration) -> Result<(), Refusal> {
-        let unknown = || StartFailure::UnknownModel { model: model.clone() };
-        let facts = self.shared.facts.facts(model).ok_or_else(unknown)?;
-        let since = self.shared.now();
-        let (key, mut changed) = {
-            let mut state = self.shared.state.lock();
-            if state.shutting_down {
-                return Err(Refusal::ShuttingDown);
-            }
-            let key = state.know(facts);
-            if let Err(error) = state.model(key).sizing.clone() {
-                return Err(Refusal::TooLarge {
-                    model: model.clone(),
-                    needed: error.needed,
-                    budget: error.budget,
-                    detail: error.detail,
-                });
-            }
-            if !state.is_ready(key) {
-                let until = Some(since.saturating_add(wait_max));
-                state.model_mut(key).wanted = Some(Wanted { since, until, evicts: true });
-                state.mark(key);
-            }
-            (key, state.changed.subscribe())
-        };
-        self.shared.notify.notify_one();
+        let (key, since, mut changed) = self.want(model, wait_max)?;
         let deadline = self.shared.instant(since.saturating_add(wait_max));
         loop {
             {
@@ -191,6 +170,47 @@ impl ControllerHandle {
                 return Err(Refusal::NotInTime { wait_max, terms: outlook.terms, eta: outlook.eta });
             }
         }
+    }
+
+    /// A request for the model is being prepared: its start may begin, as for [`ControllerHandle::preload`]. What stands
+    /// in the way is said when the request asks for its seat.
+    pub fn expect(&self, model: &ModelName) {
+        if let Err(refusal) = self.want(model, EXPECTED) {
+            tracing::debug!(%model, %refusal, "an expected model isn't started");
+        }
+    }
+
+    /// Makes a model wanted, at most for `wait_max`, unless it is ready.
+    fn want(
+        &self,
+        model: &ModelName,
+        wait_max: Duration,
+    ) -> Result<(ModelKey, Duration, watch::Receiver<()>), Refusal> {
+        let unknown = || StartFailure::UnknownModel { model: model.clone() };
+        let facts = self.shared.facts.facts(model).ok_or_else(unknown)?;
+        let since = self.shared.now();
+        let mut state = self.shared.state.lock();
+        if state.shutting_down {
+            return Err(Refusal::ShuttingDown);
+        }
+        let key = state.know(facts);
+        if let Err(error) = state.model(key).sizing.clone() {
+            return Err(Refusal::TooLarge {
+                model: model.clone(),
+                needed: error.needed,
+                budget: error.budget,
+                detail: error.detail,
+            });
+        }
+        if !state.is_ready(key) {
+            let until = Some(since.saturating_add(wait_max));
+            state.model_mut(key).wanted = Some(Wanted { since, until, evicts: true });
+            state.mark(key);
+        }
+        let changed = state.changed.subscribe();
+        drop(state);
+        self.shared.notify.notify_one();
+        Ok((key, since, changed))
     }
 
     /// Stops the model's instances and returns when they are gone: how many there were. A pin doesn't hold against

@@ -43,6 +43,9 @@ pub const DEADLINE_MS: &str = "x-stoker-deadline-ms";
 
 /// Unit of the budget for bodies.
 const KIB: usize = 1 << 10;
+/// A body that is too large is read on for so many times the limit, and so long, before its answer is sent.
+const DISCARDED_LIMITS: usize = 4;
+const DISCARDING: Duration = Duration::from_secs(5);
 
 /// What all requests share.
 pub(crate) struct Gateway {
@@ -154,6 +157,10 @@ async fn generate(
     };
     let model = gateway.models.get(&parsed.model)?;
     access.set_model(&model.name, parsed.stream.is_some());
+    if !gateway.text.is_open(&model) {
+        // Reading a tokenizer takes as long as reading the weights of a small model: both at the same time.
+        gateway.engine.placement.expect(&model.name);
+    }
     let assets = gateway.text.get(&model).await?;
     let valid = {
         let (model, assets) = (Arc::clone(&model), Arc::clone(&assets));
@@ -279,6 +286,7 @@ async fn receive(gateway: &Gateway, headers: &HeaderMap, body: Body) -> Result<B
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
     let len = announced.unwrap_or(max);
     if len > max {
+        discard(body, max).await;
         return Err(ApiError::body_too_large(max));
     }
     let receiving = async {
@@ -293,6 +301,21 @@ async fn receive(gateway: &Gateway, headers: &HeaderMap, body: Body) -> Result<B
     tokio::time::timeout(config.body_timeout, receiving)
         .await
         .unwrap_or_else(|_| Err(ApiError::body_too_slow(config.body_timeout)))
+}
+
+/// Takes in what a client sends beyond the limit, within reason: a connection that is closed under a client that still
+/// sends takes the answer with it.
+async fn discard(mut body: Body, max: usize) {
+    let mut left = max.saturating_mul(DISCARDED_LIMITS);
+    let discarding = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let len = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(len) else { return };
+            left = rest;
+        }
+    };
+    // Whoever sends for longer than this doesn't get the answer.
+    let _ = tokio::time::timeout(DISCARDING, discarding).await;
 }
 
 fn deadline(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {

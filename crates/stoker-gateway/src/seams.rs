@@ -14,6 +14,9 @@ use crate::text::TextSource;
 pub trait Placement: Send + Sync + 'static {
     /// Waits for a seat, at most `admit.wait_max`. Cancel-safe: dropping the future gives up the place in the queue.
     async fn admit(&self, admit: Admit) -> Result<Seat, Refusal>;
+
+    /// A request for this model is being prepared and will ask for a seat shortly: a start may begin. Returns at once.
+    fn expect(&self, _model: &ModelName) {}
 }
 
 /// The right to run a request's sequences on an instance, until `permit` is dropped.

@@ -91,6 +91,11 @@ impl TextCache {
         tokio::task::spawn_blocking(work).await.map_err(|_| "an internal error; the log has details".into())
     }
 
+    /// Whether a model's text side is in memory.
+    pub(crate) fn is_open(&self, model: &Arc<ServedModel>) -> bool {
+        self.entries.lock().iter().any(|e| Arc::ptr_eq(&e.model, model) && e.assets.initialized())
+    }
+
     fn entry(&self, model: &Arc<ServedModel>) -> Entry {
         let mut entries = self.entries.lock();
         let found = entries.iter().position(|e| e.model.name == model.name);

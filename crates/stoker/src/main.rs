@@ -98,7 +98,8 @@ fn init_logging(cli: &Cli, environment: &Environment) {
     };
     let filter = cli.common.log.as_deref().or_else(|| environment.get("STOKER_LOG")).unwrap_or(quiet);
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new(quiet));
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A worker whose server is gone has nobody to read its log: a line that can't be written must not end it.
+    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     if cli.common.log_json {
         builder.json().flatten_event(true).init();
     } else {

@@ -11,8 +11,8 @@ use stoker_controller::{ControllerHandle, NodeApi};
 use stoker_gateway::{Placement, Seat, Status};
 use stoker_node::Node;
 use stoker_types::{
-    Admit, InstanceId, NodeEvent, NodeSnapshot, Refusal, StartFailure, StartOrder, Started, StopFailure,
-    StopMode,
+    Admit, InstanceId, ModelName, NodeEvent, NodeSnapshot, Refusal, StartFailure, StartOrder, Started,
+    StopFailure, StopMode,
 };
 use tokio::sync::broadcast;
 
@@ -53,6 +53,10 @@ impl Placement for LocalPlacement {
     async fn admit(&self, admit: Admit) -> Result<Seat, Refusal> {
         let seat = self.0.admit(admit).await?;
         Ok(Seat { info: seat.info, permit: Box::new(seat.permit) })
+    }
+
+    fn expect(&self, model: &ModelName) {
+        self.0.expect(model);
     }
 }
 
