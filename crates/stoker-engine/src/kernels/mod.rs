@@ -2,7 +2,7 @@
 //!
 //! The bits of an output element depend on that row's input and the weights alone: not on how many rows are computed
 //! together or which, on how a prompt was cut, on threads, tiles or the instruction set. Every kernel therefore has
-//! one stated arithmetic (see [`dot`], [`float`], [`attention`](mod@attention)), and its versions differ only in how many of those
+//! one stated arithmetic (see the modules `dot`, `float` and `attention`), and its versions differ only in how many of those
 //! operations they do at once. Rust never fuses or reorders float operations by itself, which is what lets the
 //! compiler vectorise the plain parts.
 #![expect(unsafe_code, reason = "SIMD intrinsics, unaligned weights and disjoint writes by several threads")]

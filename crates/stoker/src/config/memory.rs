@@ -63,14 +63,6 @@ fn cgroup_headroom() -> Option<ByteSize> {
     least
 }
 
-/// Cores that this process may use, threads of one core counted once.
-pub(crate) fn physical_cores() -> u32 {
-    let logical = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
-        .map_or(1, |list| list.trim().split([',', '-']).count());
-    u32::try_from((logical / siblings.max(1)).max(1)).unwrap_or(1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -337,7 +337,9 @@ impl Config {
                 kv,
                 || memory.kv_default(),
             ),
-            threads: Setting::settle(flags.threads, None, threads, memory::physical_cores),
+            threads: Setting::settle(flags.threads, None, threads, || {
+                u32::try_from(stoker_engine::physical_cores()).unwrap_or(u32::MAX)
+            }),
             workers: Setting::settle(flags.workers, None, workers, || 16),
             keep_alive,
             queue: Setting::settle(None, None, queue, QueueLimits::default),

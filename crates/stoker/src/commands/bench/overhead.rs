@@ -16,6 +16,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     net::TcpStream,
     process::{Child, Command},
+    sync::mpsc,
     task::JoinSet,
     time::Instant,
 };
@@ -27,6 +28,8 @@ use crate::{cli::BenchOverheadArgs, config::Config, output::Output};
 const CLOSED_LOOP_CLIENTS: usize = 16;
 /// How long that takes.
 const SATURATION: Duration = Duration::from_secs(3);
+/// How a stream ends.
+const END: &[u8] = b"data: [DONE]\n\n";
 /// Requests that may be under way before the open loop counts as overrun.
 const IN_FLIGHT_MAX: usize = 2048;
 
@@ -160,23 +163,34 @@ async fn open_loop(connections: &Connections, rate: f64, time: Duration) -> anyh
         let uniform = ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64;
         Duration::from_secs_f64(-(1.0 - uniform).ln() / rate)
     };
+    // A thread of its own keeps the time: the runtime's timers are a millisecond coarse.
+    let (arrivals, mut arrived) = mpsc::channel(IN_FLIGHT_MAX);
+    let clock = std::thread::spawn(move || {
+        let begun = Instant::now();
+        let mut at = begun + gap();
+        while at < begun + time {
+            std::thread::sleep(at.saturating_duration_since(Instant::now()));
+            if arrivals.try_send(at).is_err() {
+                return false;
+            }
+            at += gap();
+        }
+        true
+    });
     let mut requests = JoinSet::new();
     let mut samples = Vec::new();
-    let begun = Instant::now();
-    let mut at = begun + gap();
-    while at < begun + time {
-        tokio::time::sleep_until(at).await;
-        let (connections, planned) = (connections.clone(), at);
+    while let Some(planned) = arrived.recv().await {
+        let connections = connections.clone();
         requests.spawn(async move { connections.request(planned).await });
         while let Some(done) = requests.try_join_next() {
             samples.push(done??);
         }
         ensure!(requests.len() < IN_FLIGHT_MAX, "the server does not keep up at {rate:.0} requests/s");
-        at += gap();
     }
     while let Some(done) = requests.join_next().await {
         samples.push(done??);
     }
+    ensure!(matches!(clock.join(), Ok(true)), "the client does not keep up at {rate:.0} requests/s");
     ensure!(!samples.is_empty(), "no request was made: --seconds is too short for this rate");
     Ok(samples)
 }
@@ -204,7 +218,7 @@ impl Connections {
             bail!("the server answered {status}: {}", String::from_utf8_lossy(&body));
         }
         let mut first_token = None;
-        let mut last = Bytes::new();
+        let mut tail = Vec::new();
         while let Some(frame) = response.body_mut().frame().await {
             if let Ok(data) = frame?.into_data() {
                 // The first event carries the role; a token's event carries content.
@@ -212,10 +226,12 @@ impl Connections {
                 if first_token.is_none() && is_token() {
                     first_token = Some(planned.elapsed());
                 }
-                last = data;
+                // The end may come in pieces.
+                tail.extend_from_slice(&data);
+                tail.drain(..tail.len().saturating_sub(END.len()));
             }
         }
-        ensure!(last.ends_with(b"data: [DONE]\n\n"), "a stream did not end with [DONE]");
+        ensure!(tail == END, "a stream did not end with [DONE]");
         let total = planned.elapsed();
         self.idle.lock().push(sender);
         Ok(Sample { first_token: first_token.context("a stream had no token")?, total })
@@ -247,6 +263,8 @@ impl Served {
             .env("STOKER_RUNTIME_DIR", runtime)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            // The access log is written as always, and goes nowhere.
+            .stderr(Stdio::null())
             .kill_on_drop(true);
         if let Some(file) = &config.file {
             command.arg("--config").arg(file);

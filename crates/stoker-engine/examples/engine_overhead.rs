@@ -1,6 +1,6 @@
 //! What an engine's step costs outside of the model's forward pass.
 //!
-//!     cargo run --release -p stoker-engine --example overhead -- MODEL [THREADS]
+//!     cargo run --release -p stoker-engine --example engine_overhead -- MODEL [THREADS]
 #![expect(clippy::print_stdout, reason = "a measuring program")]
 
 use std::{

@@ -1,7 +1,7 @@
 //! What the gateway adds to an engine that costs nothing: latency of a first token, latency and CPU time of each
 //! further one, socket writes included.
 //!
-//! `cargo run --release -p stoker-gateway --example overhead [STREAMS] [STEP_MS]`
+//! `cargo run --release -p stoker-gateway --example gateway_overhead [STREAMS] [STEP_MS]`
 //!
 //! The gateway runs in a process of its own, whose CPU time is read from `/proc`; this process is the client and the
 //! worker stand-in, so that a token's way is measured on one clock. Prints one JSON object.
