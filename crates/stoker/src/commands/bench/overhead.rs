@@ -79,6 +79,33 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
         "temperature": 0,
         "stream": true,
     });
+    let measured = measure(&server, args, body).await;
+    server.stop().await?;
+    let report = measured?;
+    output.show(&report, |r| {
+        format!(
+            "saturation   {:.0} requests/s of {} tokens\n\
+             first token  {:.2} ms median, {:.2} ms at the 99th percentile, at {:.0} % of that\n\
+             whole        {:.2} ms median, {:.2} ms at the 99th percentile\n\
+             CPU          {:.1} us per token in the server, {:.1} us in the worker's protocol",
+            r.saturation_requests_per_s,
+            r.tokens_per_request,
+            r.first_token_ms.p50,
+            r.first_token_ms.p99,
+            r.load * 100.0,
+            r.request_ms.p50,
+            r.request_ms.p99,
+            r.server_cpu_us_per_token,
+            r.worker_cpu_us_per_token,
+        )
+    })
+}
+
+async fn measure(
+    server: &Served,
+    args: &BenchOverheadArgs,
+    body: serde_json::Value,
+) -> anyhow::Result<Report> {
     let connections = Connections {
         address: server.address,
         idle: Arc::default(),
@@ -98,7 +125,7 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
     let per_token =
         |before: Duration, after: Duration| after.saturating_sub(before).as_secs_f64() * 1e6 / tokens;
     let times = |of: fn(&Sample) -> Duration| Spread::ms(&samples.iter().map(of).collect::<Vec<_>>());
-    let report = Report {
+    Ok(Report {
         tokens_per_request: args.tokens,
         saturation_requests_per_s: saturation,
         load: args.load,
@@ -108,23 +135,6 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
         request_ms: times(|s| s.total),
         server_cpu_us_per_token: per_token(before.0, after.0),
         worker_cpu_us_per_token: per_token(before.1, after.1),
-    };
-    output.show(&report, |r| {
-        format!(
-            "saturation   {:.0} requests/s of {} tokens\n\
-             first token  {:.2} ms median, {:.2} ms at the 99th percentile, at {:.0} % of that\n\
-             whole        {:.2} ms median, {:.2} ms at the 99th percentile\n\
-             CPU          {:.1} us per token in the server, {:.1} us in the worker's protocol",
-            r.saturation_requests_per_s,
-            r.tokens_per_request,
-            r.first_token_ms.p50,
-            r.first_token_ms.p99,
-            r.load * 100.0,
-            r.request_ms.p50,
-            r.request_ms.p99,
-            r.server_cpu_us_per_token,
-            r.worker_cpu_us_per_token,
-        )
     })
 }
 
@@ -279,6 +289,18 @@ impl Served {
             .and_then(|(address, _)| address.parse().ok())
             .with_context(|| format!("the server said `{line}` and not where it listens"))?;
         Ok(Self { child, address })
+    }
+
+    /// Stops it in order, so that nothing of it is left when the next one starts.
+    async fn stop(mut self) -> anyhow::Result<()> {
+        let pid =
+            self.child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid {
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        }
+        let status = self.child.wait().await?;
+        ensure!(status.success(), "the server ended with {status}");
+        Ok(())
     }
 
     /// CPU time of the server and of its workers.
