@@ -175,8 +175,13 @@ impl ControllerHandle {
     /// A request for the model is being prepared: its start may begin, as for [`ControllerHandle::preload`]. What stands
     /// in the way is said when the request asks for its seat.
     pub fn expect(&self, model: &ModelName) {
-        if let Err(refusal) = self.want(model, EXPECTED) {
-            tracing::debug!(%model, %refusal, "an expected model isn't started");
+        match self.want(model, EXPECTED) {
+            Ok((key, since, _)) => {
+                let mut state = self.shared.state.lock();
+                let earliest = state.model(key).announced.filter(|at| since.saturating_sub(*at) < EXPECTED);
+                state.model_mut(key).announced = earliest.or(Some(since));
+            }
+            Err(refusal) => tracing::debug!(%model, %refusal, "an expected model isn't started"),
         }
     }
 

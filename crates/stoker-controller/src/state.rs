@@ -76,6 +76,8 @@ pub(crate) struct Model {
     /// Set by the operator.
     pub(crate) pin: Option<bool>,
     pub(crate) wanted: Option<Wanted>,
+    /// Since when a request is expected, until the next seat is taken.
+    pub(crate) announced: Option<Duration>,
     /// The current demand's start failed once already, in a way that may pass.
     retried: bool,
     pub(crate) failed: Option<Failed>,
@@ -206,6 +208,7 @@ impl State {
             keep_alive: None,
             pin: None,
             wanted: None,
+            announced: None,
             retried: false,
             failed: None,
             service: None,

@@ -213,10 +213,12 @@ impl State {
         assert!(instance.in_flight <= instance.sizing.sequences, "more seats than sequences");
         instance.last_used = now;
         self.seats_taken += sequences;
-        let cold_start = waited_since.filter(|since| *since < instance.ready_at).map(|since| {
+        // A request that was announced has caused the start too, though it did not wait for all of it.
+        let caused_since = model.announced.take().or(waited_since);
+        let cold_start = caused_since.filter(|since| *since < instance.ready_at).map(|since| {
             let mut timeline = instance.timeline.clone();
             let before = instance.decided_at.saturating_sub(since);
-            let after = now.saturating_sub(instance.ready_at.max(since));
+            let after = waited_since.map_or(Duration::ZERO, |w| now.saturating_sub(instance.ready_at.max(w)));
             timeline.record(Phase::Queued, Some(instance.estimate.room), before + after);
             let facts = &model.facts;
             let prefill = self.estimator.prefill(&facts.model, facts.weight_bytes, prompt_tokens);

@@ -81,6 +81,21 @@ async fn a_warm_request_waits_for_nothing_and_has_no_cold_start() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_announced_request_begins_its_start_and_is_told_of_it() {
+    let rig = Rig::new(100, vec![model("a", 10)]);
+    rig.node.set_load("a", Duration::from_millis(50));
+    rig.handle.expect(&name("a"));
+    // Its preparation takes longer than the start.
+    tokio::time::sleep(Duration::from_millis(80)).await;
+    let first = rig.admit("a").await.unwrap();
+    assert!(first.seat.as_ref().unwrap().info.cold_start.is_some(), "the start was this request's");
+    assert_eq!(first.seat.as_ref().unwrap().info.queued, Duration::ZERO);
+    let second = rig.admit("a").await.unwrap();
+    assert!(second.seat.as_ref().unwrap().info.cold_start.is_none());
+    assert_eq!(rig.node.starts(), ["a"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_model_makes_room_after_its_minimum_residency() {
     let rig = Rig::new(10, vec![model("a", 10), model("b", 10)]);
     rig.touch("a").await;

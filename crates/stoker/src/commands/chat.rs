@@ -36,6 +36,9 @@ pub(crate) struct Phases {
     /// The model was not on the device when the request came.
     #[serde(default)]
     pub(crate) cold: bool,
+    /// Parsing, reading the tokenizer if it wasn't there, chat template, tokenising. Overlaps the start.
+    #[serde(default)]
+    pub(crate) prepared_ms: f64,
     /// By name, in the order in which they begin.
     pub(crate) phases: serde_json::Map<String, Value>,
 }
@@ -91,6 +94,11 @@ pub(crate) async fn ask(api: &ApiClient, mut body: Value, output: Output) -> any
 /// The phases as a table.
 pub(crate) fn render(phases: &Phases) -> String {
     let mut table = Table::new(["PHASE", "ACTUAL", "PREDICTED"]);
+    table.row([
+        "tokenise".into(),
+        ms(Duration::from_secs_f64(phases.prepared_ms.max(0.0) / 1e3)),
+        String::new(),
+    ]);
     for (phase, time) in &phases.phases {
         let show = |key: &str| {
             time.get(key)
