@@ -269,6 +269,9 @@ impl Generation {
         let finish = match event {
             StreamEvent::Begun { waited, prefill, cached_tokens } => {
                 self.prefill.get_or_insert((waited, prefill));
+                let prompt = u32::try_from(sequence.ledger.prompt.len()).unwrap_or(u32::MAX);
+                let computed = prompt.saturating_sub(cached_tokens);
+                self.engine.placement.observe_prefill(&self.model.name, computed, prefill);
                 self.cached_tokens += cached_tokens;
                 return Ok(None);
             }

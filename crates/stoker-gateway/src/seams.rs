@@ -1,6 +1,6 @@
 //! What the binary plugs in: where models are served, which there are, what the server says of itself.
 
-use std::{any::Any, sync::Arc};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -17,6 +17,9 @@ pub trait Placement: Send + Sync + 'static {
 
     /// A request for this model is being prepared and will ask for a seat shortly: a start may begin. Returns at once.
     fn expect(&self, _model: &ModelName) {}
+
+    /// `tokens` of a prompt were computed in `time`: makes estimates better. Returns at once.
+    fn observe_prefill(&self, _model: &ModelName, _tokens: u32, _time: Duration) {}
 }
 
 /// The right to run a request's sequences on an instance, until `permit` is dropped.

@@ -140,7 +140,11 @@ async fn forward(worker: WorkerId, stderr: impl AsyncRead + Unpin, lines: LastLi
 /// The level of a worker's log line, text or JSON: both say it near the beginning.
 fn level(line: &str) -> Level {
     let begin = line.split_at_checked(64).map_or(line, |(begin, _)| begin);
-    let says = |level: &str| begin.contains(&format!(" {level} ")) || begin.contains(&format!("\"{level}\""));
+    let says = |level: &str| {
+        begin.starts_with(&format!("{level} "))
+            || begin.contains(&format!(" {level} "))
+            || begin.contains(&format!("\"{level}\""))
+    };
     [Level::ERROR, Level::WARN].into_iter().find(|l| says(l.as_str())).unwrap_or(Level::INFO)
 }
 
@@ -192,6 +196,8 @@ mod tests {
             ("2026-11-22T13:00:00.123456Z  WARN worker: gateway", Level::WARN),
             ("2026-11-22T13:00:00.123456Z  INFO worker: model loaded", Level::INFO),
             (r#"{"timestamp":"2026-11-22T13:00:00.1Z","level":"WARN","message":"x"}"#, Level::WARN),
+            ("ERROR engine: panicked", Level::ERROR),
+            (" WARN worker: gateway", Level::WARN),
             ("an ERRORLESS line", Level::INFO),
             ("\u{e4}", Level::INFO),
         ] {

@@ -321,7 +321,11 @@ impl WorkerTask {
                 }
             }
             Order::Shutdown { grace } => self.dismiss(grace),
-            Order::Kill => self.kill("ended by this node".into()),
+            // Only said when the node stops: nobody has lost anything then.
+            Order::Kill => {
+                self.dismissed = true;
+                self.kill("ended by this node".into());
+            }
         }
     }
 
@@ -413,7 +417,11 @@ impl WorkerTask {
 
     fn kill(&mut self, reason: String) {
         if self.killed.is_none() {
-            tracing::warn!(worker = %self.worker, reason, "killing a worker");
+            if self.dismissed {
+                tracing::debug!(worker = %self.worker, reason, "killing a worker");
+            } else {
+                tracing::warn!(worker = %self.worker, reason, "killing a worker");
+            }
             self.killed = Some(reason);
             // That it has died already is what we wait for.
             let _ = self.child.start_kill();

@@ -100,7 +100,10 @@ fn init_logging(cli: &Cli, environment: &Environment) {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new(quiet));
     // A worker whose server is gone has nobody to read its log: a line that can't be written must not end it.
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
-    if cli.common.log_json {
+    if matches!(cli.command, Command::Worker(_)) {
+        // The server's line around it has the time.
+        builder.without_time().with_ansi(false).init();
+    } else if cli.common.log_json {
         builder.json().flatten_event(true).init();
     } else {
         builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();

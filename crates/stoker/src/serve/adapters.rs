@@ -1,8 +1,11 @@
 //! The roles' traits, each on its neighbour in this process.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -57,6 +60,10 @@ impl Placement for LocalPlacement {
 
     fn expect(&self, model: &ModelName) {
         self.0.expect(model);
+    }
+
+    fn observe_prefill(&self, model: &ModelName, tokens: u32, time: Duration) {
+        self.0.observe_prefill(model, tokens, time);
     }
 }
 

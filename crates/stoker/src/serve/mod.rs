@@ -22,6 +22,9 @@ use crate::{config::Config, library::Library};
 /// How often old samples of histograms are folded, so that their memory stays bounded.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
+/// What workers without streams get to end by themselves.
+const WORKERS_END: Duration = Duration::from_secs(1);
+
 /// A server that runs in this process.
 pub(crate) struct Server {
     address: SocketAddr,
@@ -179,7 +182,7 @@ impl Server {
         }
         admin.stop().await;
         // What could finish has finished: workers have no stream that anybody reads.
-        node.shutdown(Duration::ZERO).await;
+        node.shutdown(WORKERS_END).await;
         Ok(served.context("the gateway panicked")??)
     }
 }
