@@ -6,28 +6,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use stoker_checkpoint::dequant::COMPUTABLE;
 use stoker_engine::{
     Isa, Threads, Weight, WeightBytes,
     kernels::{Activations, AttentionRow, AttentionShape, Scratch, attention, linear},
     physical_cores,
 };
 use stoker_types::{DType, clock};
-
-const TYPES: [DType; 13] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-];
 
 fn main() {
     let argument = std::env::args().nth(1).and_then(|a| a.parse().ok());
@@ -98,7 +83,7 @@ fn types(threads: &Threads) {
     let (rows, cols) = (4096, 2048);
     let mut scratch = Scratch::default();
     println!("{:6} {:>30} {:>30} {:>30}", "type", "m = 1", "m = 8", "m = 128");
-    for dtype in TYPES {
+    for &dtype in COMPUTABLE {
         let weight = weight(dtype, rows, cols);
         let mut line = format!("{:6}", dtype.name());
         for m in [1, 8, 128] {

@@ -131,12 +131,8 @@ impl std::fmt::Debug for WeightBytes {
 impl Weight {
     /// Whether there are kernels for this type.
     #[must_use]
-    pub const fn supports(dtype: DType) -> bool {
-        use DType::{BF16, F16, F32, Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0};
-        matches!(
-            dtype,
-            F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2_K | Q3_K | Q4_K | Q5_K | Q6_K
-        )
+    pub fn supports(dtype: DType) -> bool {
+        stoker_checkpoint::dequant::COMPUTABLE.contains(&dtype)
     }
 
     /// A weight over `bytes`.
