@@ -1,0 +1,14 @@
+//! NVIDIA GPUs, through the driver's own interface, opened at run time.
+
+mod context;
+mod device;
+mod driver;
+mod link;
+mod memory;
+mod topology;
+
+pub use device::{CudaDevice, CudaOptions};
+pub use topology::cuda_devices;
+
+pub use driver::driver_version;
+pub(crate) use memory::Mapping;

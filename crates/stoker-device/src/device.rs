@@ -1,0 +1,129 @@
+//! What every kind of device does.
+
+use std::fmt;
+
+use stoker_types::ByteSize;
+
+use crate::{
+    error::DeviceError,
+    info::{DeviceInfo, DeviceMemory},
+    slab::Slab,
+};
+
+/// A device with memory of its own. Its functions may be called from any thread.
+pub trait Device: fmt::Debug + Send + Sync {
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Its memory now.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn memory(&self) -> Result<DeviceMemory, DeviceError>;
+
+    /// A new slab of at least `bytes`, made of granules of about `granule` (at least one; rounded up to what the device
+    /// allocates at once). Its contents are undefined.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] with what is free; the driver's.
+    fn allocate(&self, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError>;
+
+    /// Queues a copy and returns at once. Copies may end in another order than they were queued in. How many are under
+    /// way is for the caller to bound: each holds its host bytes.
+    fn copy(&self, transfer: Transfer);
+
+    /// Reads a slab's bytes from `at` on into host memory. Waits.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
+    fn read(&self, slab: &Slab, at: u64, into: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// What pins host memory for this device's copies; `None` when that means nothing to it.
+    fn pinner(&self) -> Option<&dyn Pinner>;
+}
+
+/// Tells the driver of host memory, so that a device reads it directly.
+pub trait Pinner: Send + Sync {
+    /// Pins a range of whole pages, for all devices of the process. Memory that isn't there yet is made. Takes about
+    /// 50 ms per GiB.
+    ///
+    /// # Safety
+    /// The range is mapped, and stays so, with the same memory behind it, until it is unpinned.
+    ///
+    /// # Errors
+    /// [`DeviceError::Pin`]; nothing is pinned then.
+    #[expect(unsafe_code, reason = "the driver keeps the address")]
+    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), DeviceError>;
+
+    /// Unpins a range that was pinned. No copy from it may be under way.
+    ///
+    /// # Safety
+    /// The range is one that was pinned, and is still mapped.
+    ///
+    /// # Errors
+    /// The driver's; the range counts as pinned then.
+    #[expect(unsafe_code, reason = "a copy under way would read memory that is gone")]
+    unsafe fn unpin(&self, address: *mut u8, bytes: usize) -> Result<(), DeviceError>;
+}
+
+/// Host bytes that a device reads while it holds them. The same bytes are returned for as long as the value lives.
+pub trait HostBytes: AsRef<[u8]> + Send + Sync {}
+
+impl<T: AsRef<[u8]> + Send + Sync + ?Sized> HostBytes for T {}
+
+/// Called once, on a thread of the device, when a copy has ended or failed. It must be quick.
+pub type Done = Box<dyn FnOnce(Result<(), DeviceError>) + Send>;
+
+/// A copy to be made: parts of one host buffer into one slab.
+pub struct Transfer {
+    /// The host's bytes. Held until the copy has ended. Fast only when they are pinned.
+    pub from: Box<dyn HostBytes>,
+    /// Where they go.
+    pub to: Slab,
+    /// Which of them go where, at least one.
+    pub cuts: Vec<Cut>,
+    /// What to call in the end.
+    pub done: Done,
+}
+
+/// One range of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// First byte in the host's buffer.
+    pub from: usize,
+    /// How many.
+    pub len: usize,
+    /// First byte in the slab.
+    pub to: u64,
+}
+
+// === impl Transfer ===
+
+impl Transfer {
+    /// Bytes that it copies.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.cuts.iter().map(|cut| cut.len as u64).sum()
+    }
+
+    /// Whether every range is within its buffer and its slab, and the slab on device `ordinal`.
+    pub(crate) fn check(&self, ordinal: u32) -> Result<(), DeviceError> {
+        self.to.check_device(ordinal)?;
+        let host = (*self.from).as_ref().len() as u64;
+        for cut in &self.cuts {
+            let (from, len) = (cut.from as u64, cut.len as u64);
+            let end = from.saturating_add(len);
+            if end > host {
+                return Err(DeviceError::OutOfRange { what: "host buffer", at: from, end, len: host });
+            }
+            self.to.check_range(cut.to, len)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Transfer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transfer").field("to", &self.to).field("cuts", &self.cuts).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,424 @@
+//! A device in host memory, with a link of a given speed: for machines without a GPU, for tests, and for faults.
+
+#![expect(unsafe_code, reason = "memory that is written behind a shared handle, as a device's is")]
+
+use std::{
+    fmt,
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use rustix::mm::{MapFlags, ProtFlags};
+use stoker_types::{ByteSize, BytesPerSec};
+
+use crate::{
+    device::{Device, Pinner, Transfer},
+    error::DeviceError,
+    info::{DeviceInfo, DeviceMemory},
+    queue::Queue,
+    slab::{Memory, Slab},
+};
+
+/// What a simulated device is like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SimulatedOptions {
+    /// Its number.
+    pub ordinal: u32,
+    /// Bytes that it has.
+    pub memory: ByteSize,
+    /// Speed of its link; `None`: as fast as memory is copied.
+    pub rate: Option<BytesPerSec>,
+    /// Whether a copy takes the time that the link would ([`Self::rate`]), or only counts it
+    /// ([`SimulatedDevice::modelled`]).
+    pub real_time: bool,
+}
+
+/// A device in host memory. One copy at a time, in the order in which they were queued.
+pub struct SimulatedDevice {
+    info: DeviceInfo,
+    shared: Arc<Shared>,
+    link: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    ordinal: u32,
+    memory: ByteSize,
+    rate: Option<BytesPerSec>,
+    real_time: bool,
+    queue: Queue,
+    used: Arc<AtomicU64>,
+    /// Nanoseconds for which the link was busy, as modelled.
+    busy_ns: AtomicU64,
+    /// Bytes that may still be copied before the next fault.
+    fault: Mutex<Option<(u64, DeviceError)>>,
+}
+
+/// Anonymous memory, which takes room only as it is written.
+pub(crate) struct HostMemory {
+    base: NonNull<u8>,
+    len: usize,
+    used: Arc<AtomicU64>,
+    /// Held by whoever reads or writes.
+    access: Mutex<()>,
+}
+
+// SAFETY: the memory belongs to this value, and every access goes through `write` and `read`, which hold `access`.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above.
+unsafe impl Sync for HostMemory {}
+
+// === impl SimulatedOptions ===
+
+impl Default for SimulatedOptions {
+    fn default() -> Self {
+        Self { ordinal: 0, memory: ByteSize::gib(16), rate: None, real_time: false }
+    }
+}
+
+// === impl SimulatedDevice ===
+
+impl SimulatedDevice {
+    /// Makes a device.
+    ///
+    /// # Errors
+    /// [`DeviceError::Os`] when no thread can be started.
+    pub fn new(options: &SimulatedOptions) -> Result<Self, DeviceError> {
+        let &SimulatedOptions { ordinal, memory, rate, real_time } = options;
+        let info = DeviceInfo {
+            ordinal,
+            name: "simulated".to_owned(),
+            uuid: format!("SIM-{ordinal}"),
+            compute: (0, 0),
+            memory,
+            pci: None,
+            numa_node: None,
+            pcie: None,
+            peers: Vec::new(),
+        };
+        let shared = Arc::new(Shared {
+            ordinal,
+            memory,
+            rate,
+            real_time,
+            queue: Queue::default(),
+            used: Arc::default(),
+            busy_ns: AtomicU64::new(0),
+            fault: Mutex::default(),
+        });
+        let link = {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("stoker-sim-{ordinal}"))
+                .spawn(move || shared.run())
+                .map_err(|error| DeviceError::Os { call: "starting a thread", words: error.to_string() })?
+        };
+        Ok(Self { info, shared, link: Some(link) })
+    }
+
+    /// Time for which the link was busy, as modelled.
+    #[must_use]
+    pub fn modelled(&self) -> Duration {
+        Duration::from_nanos(self.shared.busy_ns.load(Ordering::Relaxed))
+    }
+
+    /// After `bytes` more, one copy fails with `error`. [`DeviceError::Lost`] fails all that follow, too.
+    pub fn fail_after(&self, bytes: ByteSize, error: DeviceError) {
+        *self.shared.fault.lock() = Some((bytes.bytes(), error));
+    }
+}
+
+impl Device for SimulatedDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
+        let slabs = ByteSize(self.shared.used.load(Ordering::Relaxed));
+        let total = self.shared.memory;
+        Ok(DeviceMemory { total, free: total.saturating_sub(slabs), slabs })
+    }
+
+    fn allocate(&self, bytes: ByteSize, _granule: ByteSize) -> Result<Slab, DeviceError> {
+        let len = bytes.bytes().max(1).next_multiple_of(rustix::param::page_size() as u64);
+        let (total, ordinal) = (self.shared.memory, self.shared.ordinal);
+        let taken = self.shared.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            used.checked_add(len).filter(|used| *used <= total.bytes())
+        });
+        if let Err(used) = taken {
+            let free = total.saturating_sub(ByteSize(used));
+            return Err(DeviceError::OutOfMemory { device: ordinal, needed: ByteSize(len), free, total });
+        }
+        let memory = HostMemory::new(len, Arc::clone(&self.shared.used)).inspect_err(|_| {
+            self.shared.used.fetch_sub(len, Ordering::Relaxed);
+        })?;
+        Ok(Slab::new(ordinal, len, Memory::Host(memory)))
+    }
+
+    fn copy(&self, transfer: Transfer) {
+        match transfer.check(self.shared.ordinal) {
+            Ok(()) => self.shared.queue.push(transfer),
+            Err(error) => (transfer.done)(Err(error)),
+        }
+    }
+
+    fn read(&self, slab: &Slab, at: u64, into: &mut [u8]) -> Result<(), DeviceError> {
+        slab.check_device(self.shared.ordinal)?;
+        slab.check_range(at, into.len() as u64)?;
+        let Memory::Host(memory) = slab.memory() else {
+            return Err(DeviceError::WrongDevice { is: slab.device(), wanted: self.shared.ordinal });
+        };
+        memory.read(at, into);
+        Ok(())
+    }
+
+    fn pinner(&self) -> Option<&dyn Pinner> {
+        None
+    }
+}
+
+impl Drop for SimulatedDevice {
+    fn drop(&mut self) {
+        self.shared.queue.close(&DeviceError::Closed);
+        if let Some(link) = self.link.take()
+            && link.thread().id() != std::thread::current().id()
+        {
+            // A panic in a `done` was reported where it happened.
+            let _ = link.join();
+        }
+    }
+}
+
+impl fmt::Debug for SimulatedDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimulatedDevice").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn run(&self) {
+        while let Some(transfer) = self.queue.pop(u64::MAX) {
+            let result = self.make(&transfer);
+            if let Err(lost @ DeviceError::Lost { .. }) = &result {
+                self.queue.close(lost);
+            }
+            let Transfer { from, to, done, .. } = transfer;
+            drop((from, to));
+            done(result);
+        }
+    }
+
+    fn make(&self, transfer: &Transfer) -> Result<(), DeviceError> {
+        self.meet_fault(transfer.bytes())?;
+        let Memory::Host(memory) = transfer.to.memory() else {
+            return Err(DeviceError::WrongDevice { is: transfer.to.device(), wanted: self.ordinal });
+        };
+        let host = (*transfer.from).as_ref();
+        for cut in &transfer.cuts {
+            memory.write(cut.to, &host[cut.from..cut.from + cut.len]);
+        }
+        if let Some(rate) = self.rate {
+            let takes = ByteSize(transfer.bytes()).at(rate);
+            let ns = u64::try_from(takes.as_nanos()).unwrap_or(u64::MAX);
+            self.busy_ns.fetch_add(ns, Ordering::Relaxed);
+            if self.real_time {
+                // The model itself: nothing waits for something else to happen.
+                std::thread::sleep(takes);
+            }
+        }
+        Ok(())
+    }
+
+    fn meet_fault(&self, bytes: u64) -> Result<(), DeviceError> {
+        let mut fault = self.fault.lock();
+        let Some((left, error)) = fault.as_mut() else { return Ok(()) };
+        if let Some(rest) = left.checked_sub(bytes) {
+            *left = rest;
+            return Ok(());
+        }
+        let error = error.clone();
+        *fault = None;
+        Err(error)
+    }
+}
+
+// === impl HostMemory ===
+
+impl HostMemory {
+    fn new(bytes: u64, used: Arc<AtomicU64>) -> Result<Self, DeviceError> {
+        let os = |words: String| DeviceError::Os { call: "mmap", words };
+        let len = usize::try_from(bytes).map_err(|error| os(error.to_string()))?;
+        // SAFETY: a new private mapping at an address that the kernel chooses.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|errno| os(errno.to_string()))?;
+        let base = NonNull::new(base.cast()).ok_or_else(|| os("mapped at address zero".to_owned()))?;
+        Ok(Self { base, len, used, access: Mutex::new(()) })
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        let _access = self.access.lock();
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        assert!(at <= self.len && bytes.len() <= self.len - at, "checked when the copy was queued");
+        // SAFETY: the range lies within the mapping (above), which isn't the source's: it is handed out to nobody.
+        unsafe { self.base.as_ptr().add(at).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) {
+        let _access = self.access.lock();
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        assert!(at <= self.len && into.len() <= self.len - at, "checked by the caller");
+        // SAFETY: as in `write`; mapped pages are always initialised.
+        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(self.base.as_ptr().add(at), into.len()) }
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length. The only error is a range that isn't mapped.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        self.used.fetch_sub(self.len as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::device::Cut;
+
+    fn device(options: &SimulatedOptions) -> SimulatedDevice {
+        SimulatedDevice::new(options).unwrap()
+    }
+
+    fn copy(device: &SimulatedDevice, bytes: Vec<u8>, to: &Slab, cuts: Vec<Cut>) -> Result<(), DeviceError> {
+        let (sender, done) = mpsc::channel();
+        let done_sender = Box::new(move |result| sender.send(result).unwrap());
+        device.copy(Transfer { from: Box::new(bytes), to: to.clone(), cuts, done: done_sender });
+        done.recv().unwrap()
+    }
+
+    #[test]
+    fn cuts_arrive_where_they_should() {
+        let device = device(&SimulatedOptions::default());
+        let slab = device.allocate(ByteSize(10_000), ByteSize::ZERO).unwrap();
+        let cuts = vec![Cut { from: 2, len: 3, to: 9_000 }, Cut { from: 0, len: 2, to: 7 }];
+        copy(&device, vec![1, 2, 3, 4, 5], &slab, cuts).unwrap();
+        let mut got = [9; 4];
+        device.read(&slab, 8_999, &mut got).unwrap();
+        assert_eq!(got, [0, 3, 4, 5]);
+        device.read(&slab, 6, &mut got).unwrap();
+        assert_eq!(got, [0, 1, 2, 0]);
+    }
+
+    #[test]
+    fn ranges_outside_are_refused() {
+        let device = device(&SimulatedOptions::default());
+        let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
+        let host = copy(&device, vec![0; 8], &slab, vec![Cut { from: 4, len: 5, to: 0 }]);
+        assert_eq!(host, Err(DeviceError::OutOfRange { what: "host buffer", at: 4, end: 9, len: 8 }));
+        let beyond = copy(&device, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: 4089 }]);
+        assert_eq!(beyond, Err(DeviceError::OutOfRange { what: "slab", at: 4089, end: 4097, len: 4096 }));
+        let far = copy(&device, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: u64::MAX }]);
+        assert!(matches!(far, Err(DeviceError::OutOfRange { what: "slab", .. })), "{far:?}");
+        let other = device_of(1);
+        assert_eq!(
+            copy(&other, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: 0 }]),
+            Err(DeviceError::WrongDevice { is: 0, wanted: 1 })
+        );
+    }
+
+    fn device_of(ordinal: u32) -> SimulatedDevice {
+        device(&SimulatedOptions { ordinal, ..SimulatedOptions::default() })
+    }
+
+    #[test]
+    fn memory_is_counted_and_comes_back() {
+        let device = device(&SimulatedOptions { memory: ByteSize::mib(2), ..SimulatedOptions::default() });
+        let slab = device.allocate(ByteSize::mib(1), ByteSize::ZERO).unwrap();
+        let again = slab.clone();
+        assert_eq!(
+            device.allocate(ByteSize::mib(2), ByteSize::ZERO).unwrap_err(),
+            DeviceError::OutOfMemory {
+                device: 0,
+                needed: ByteSize::mib(2),
+                free: ByteSize::mib(1),
+                total: ByteSize::mib(2)
+            }
+        );
+        drop(slab);
+        assert_eq!(device.memory().unwrap().free, ByteSize::mib(1), "a handle is left");
+        drop(again);
+        assert_eq!(device.memory().unwrap().free, ByteSize::mib(2));
+        device.allocate(ByteSize::mib(2), ByteSize::ZERO).unwrap();
+    }
+
+    #[test]
+    fn the_link_takes_its_time_on_paper() {
+        let rate = Some(BytesPerSec(1e9));
+        let device = device(&SimulatedOptions { rate, ..SimulatedOptions::default() });
+        let slab = device.allocate(ByteSize(1_000_000), ByteSize::ZERO).unwrap();
+        copy(&device, vec![1; 1_000_000], &slab, vec![Cut { from: 0, len: 1_000_000, to: 0 }]).unwrap();
+        assert_eq!(device.modelled(), Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_lost_device_fails_everything_after() {
+        let device = device(&SimulatedOptions::default());
+        let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
+        let whole = || vec![Cut { from: 0, len: 100, to: 0 }];
+        let lost = DeviceError::Lost {
+            device: 0,
+            call: "copy",
+            name: "CUDA_ERROR_ECC_UNCORRECTABLE".into(),
+            words: "on purpose".into(),
+        };
+        device.fail_after(ByteSize(150), lost.clone());
+        assert_eq!(copy(&device, vec![0; 100], &slab, whole()), Ok(()));
+        assert_eq!(copy(&device, vec![0; 100], &slab, whole()), Err(lost.clone()));
+        assert_eq!(copy(&device, vec![0; 100], &slab, whole()), Err(lost));
+    }
+
+    #[test]
+    fn closing_ends_every_copy_once() {
+        let device = device(&SimulatedOptions {
+            rate: Some(BytesPerSec(1e6)),
+            real_time: true,
+            ..SimulatedOptions::default()
+        });
+        let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
+        let (sender, done) = mpsc::channel();
+        for _ in 0..50 {
+            let sender = sender.clone();
+            device.copy(Transfer {
+                from: Box::new(vec![0; 4096]),
+                to: slab.clone(),
+                cuts: vec![Cut { from: 0, len: 4096, to: 0 }],
+                done: Box::new(move |result| sender.send(result).unwrap()),
+            });
+        }
+        drop(sender);
+        drop(device);
+        let ended: Vec<_> = done.into_iter().collect();
+        assert_eq!(ended.len(), 50);
+        assert!(ended.contains(&Err(DeviceError::Closed)));
+    }
+}

@@ -1,0 +1,105 @@
+//! A range of device addresses.
+
+use std::{fmt, os::fd::OwnedFd, sync::Arc};
+
+use stoker_types::ByteSize;
+
+use crate::{cuda::Mapping, error::DeviceError, simulated::HostMemory};
+
+/// A range of device memory. A cheap handle: the memory goes with the last one, copies under way included.
+#[derive(Clone)]
+pub struct Slab {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    device: u32,
+    bytes: u64,
+    memory: Memory,
+}
+
+/// What is behind the addresses.
+pub(crate) enum Memory {
+    Cuda(Mapping),
+    Host(HostMemory),
+}
+
+// === impl Slab ===
+
+impl Slab {
+    pub(crate) fn new(device: u32, bytes: u64, memory: Memory) -> Self {
+        Self { inner: Arc::new(Inner { device, bytes, memory }) }
+    }
+
+    /// The device that it is on.
+    #[must_use]
+    pub fn device(&self) -> u32 {
+        self.inner.device
+    }
+
+    /// How long it is: what was asked for, rounded up.
+    #[must_use]
+    pub fn bytes(&self) -> ByteSize {
+        ByteSize(self.inner.bytes)
+    }
+
+    /// The device's address of its first byte, valid in this process for as long as a handle lives.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        match &self.inner.memory {
+            Memory::Cuda(mapping) => mapping.address(),
+            Memory::Host(memory) => memory.address(),
+        }
+    }
+
+    /// Bytes of a granule; the last may be shorter.
+    #[must_use]
+    pub fn granule(&self) -> ByteSize {
+        match &self.inner.memory {
+            Memory::Cuda(mapping) => ByteSize(mapping.granule()),
+            Memory::Host(_) => self.bytes(),
+        }
+    }
+
+    /// A descriptor for each granule, in order. Whoever has them can map the memory in another process
+    /// ([`crate::CudaDevice::import`]), and keeps it alive.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] on a device whose memory can't leave the process; the driver's.
+    pub fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        match &self.inner.memory {
+            Memory::Cuda(mapping) => mapping.export(),
+            Memory::Host(_) => Err(DeviceError::Unsupported {
+                device: self.inner.device,
+                what: "export memory to other processes",
+            }),
+        }
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.inner.memory
+    }
+
+    pub(crate) fn check_device(&self, wanted: u32) -> Result<(), DeviceError> {
+        let is = self.inner.device;
+        if is == wanted { Ok(()) } else { Err(DeviceError::WrongDevice { is, wanted }) }
+    }
+
+    pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<(), DeviceError> {
+        let end = at.saturating_add(len);
+        if end <= self.inner.bytes {
+            Ok(())
+        } else {
+            Err(DeviceError::OutOfRange { what: "slab", at, end, len: self.inner.bytes })
+        }
+    }
+}
+
+impl fmt::Debug for Slab {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slab")
+            .field("device", &self.inner.device)
+            .field("bytes", &self.inner.bytes)
+            .finish_non_exhaustive()
+    }
+}
