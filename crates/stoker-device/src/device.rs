@@ -1,7 +1,8 @@
 //! What every kind of device does.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
+use stoker_io::Pinner;
 use stoker_types::ByteSize;
 
 use crate::{
@@ -39,31 +40,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     fn read(&self, slab: &Slab, at: u64, into: &mut [u8]) -> Result<(), DeviceError>;
 
     /// What pins host memory for this device's copies; `None` when that means nothing to it.
-    fn pinner(&self) -> Option<&dyn Pinner>;
-}
-
-/// Tells the driver of host memory, so that a device reads it directly.
-pub trait Pinner: Send + Sync {
-    /// Pins a range of whole pages, for all devices of the process. Memory that isn't there yet is made. Takes about
-    /// 50 ms per GiB.
-    ///
-    /// # Safety
-    /// The range is mapped, and stays so, with the same memory behind it, until it is unpinned.
-    ///
-    /// # Errors
-    /// [`DeviceError::Pin`]; nothing is pinned then.
-    #[expect(unsafe_code, reason = "the driver keeps the address")]
-    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), DeviceError>;
-
-    /// Unpins a range that was pinned. No copy from it may be under way.
-    ///
-    /// # Safety
-    /// The range is one that was pinned, and is still mapped.
-    ///
-    /// # Errors
-    /// The driver's; the range counts as pinned then.
-    #[expect(unsafe_code, reason = "a copy under way would read memory that is gone")]
-    unsafe fn unpin(&self, address: *mut u8, bytes: usize) -> Result<(), DeviceError>;
+    fn pinner(&self) -> Option<Arc<dyn Pinner>>;
 }
 
 /// Host bytes that a device reads while it holds them. The same bytes are returned for as long as the value lives.

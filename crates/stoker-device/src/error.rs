@@ -83,18 +83,6 @@ pub enum DeviceError {
         /// What was asked for.
         what: &'static str,
     },
-    /// Host memory can't be pinned.
-    #[error(
-        "pinning {bytes} of host memory failed: {name} ({words}); see `ulimit -l` and the container's memory limit"
-    )]
-    Pin {
-        /// How much.
-        bytes: ByteSize,
-        /// The driver's name for the error.
-        name: String,
-        /// Its words.
-        words: String,
-    },
     /// The device is gone, or in a state that only a new process gets it out of.
     #[error("device {device} is lost: {call} said {name} ({words}); this process can't use it any more")]
     Lost {

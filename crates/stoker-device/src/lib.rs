@@ -3,7 +3,6 @@
 //! - [`Device`]: a GPU ([`CudaDevice`]), or a stand-in in host memory ([`SimulatedDevice`]) with a bandwidth of its own.
 //! - [`Slab`]: one range of device addresses. Its memory comes in granules, which other processes can map.
 //! - [`Transfer`]: host bytes on their way into a slab. Copies are asynchronous; each ends with one call of its `done`.
-//! - [`Pinner`]: makes host memory known to the driver, without which no copy is fast.
 //!
 //! Nothing here links CUDA: the driver is opened at run time behind a probe ([`cuda_devices`]), so that a machine without
 //! one gets a [`DeviceError`] and runs everything else.
@@ -17,7 +16,7 @@ mod simulated;
 mod slab;
 
 pub use cuda::{CudaDevice, CudaOptions, cuda_devices, driver_version};
-pub use device::{Cut, Device, Done, HostBytes, Pinner, Transfer};
+pub use device::{Cut, Device, Done, HostBytes, Transfer};
 pub use error::{CudaVersion, DeviceError};
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};
 pub use simulated::{SimulatedDevice, SimulatedOptions};

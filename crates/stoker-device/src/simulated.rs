@@ -15,10 +15,11 @@ use std::{
 
 use parking_lot::Mutex;
 use rustix::mm::{MapFlags, ProtFlags};
+use stoker_io::Pinner;
 use stoker_types::{ByteSize, BytesPerSec};
 
 use crate::{
-    device::{Device, Pinner, Transfer},
+    device::{Device, Transfer},
     error::DeviceError,
     info::{DeviceInfo, DeviceMemory},
     queue::Queue,
@@ -177,7 +178,7 @@ impl Device for SimulatedDevice {
         Ok(())
     }
 
-    fn pinner(&self) -> Option<&dyn Pinner> {
+    fn pinner(&self) -> Option<Arc<dyn Pinner>> {
         None
     }
 }

@@ -1,6 +1,7 @@
 //! Memory that processes share, and files that fill it: everything of I/O that needs `unsafe`.
 //!
 //! - [`ChunkPool`]: one memfd cut into slots; a slot is owned ([`ChunkBuf`]) or frozen and shared ([`Chunk`]).
+//! - [`Pinner`]: tells a device's driver of a slot's memory, so that the device reads it by itself.
 //! - [`MappedFile`]: a worker's view of a file that lies in the pool, contiguous and read-only.
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
 //!   reads for each; [`FaultyFiles`] adds faults for tests.
@@ -12,6 +13,7 @@ mod local;
 mod map;
 mod measure;
 mod page_cache;
+mod pin;
 mod pool;
 mod reader;
 mod sum;
@@ -21,6 +23,7 @@ pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
 pub use local::LocalFiles;
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
+pub use pin::{PinError, Pinner};
 pub use pool::{Chunk, ChunkBuf, ChunkPool, PoolError, PoolUsage};
 pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,

@@ -12,7 +12,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     slice,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use parking_lot::Mutex;
@@ -21,6 +21,8 @@ use rustix::{
     mm::{Advice, MapFlags, ProtFlags},
 };
 use stoker_types::ByteSize;
+
+use crate::pin::{PinError, Pinner};
 
 /// Why a pool can't be made or changed.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +95,9 @@ struct Inner {
     chunk_bytes: usize,
     capacity: u32,
     slots: Mutex<Slots>,
+    pinner: OnceLock<Arc<dyn Pinner>>,
+    /// Of each slot, whether it is pinned. Locked while it is being pinned or unpinned.
+    pinned: Box<[Mutex<bool>]>,
 }
 
 struct Slots {
@@ -170,7 +175,15 @@ impl ChunkPool {
         let slots_state =
             Slots { budget: slots, in_use: 0, warm: BTreeSet::new(), cold: (0..slots).collect() };
         Ok(Self {
-            inner: Arc::new(Inner { fd, base, chunk_bytes, capacity: slots, slots: Mutex::new(slots_state) }),
+            inner: Arc::new(Inner {
+                fd,
+                base,
+                chunk_bytes,
+                capacity: slots,
+                slots: Mutex::new(slots_state),
+                pinner: OnceLock::new(),
+                pinned: (0..slots).map(|_| Mutex::new(false)).collect(),
+            }),
         })
     }
 
@@ -218,6 +231,43 @@ impl ChunkPool {
             slots.cold.insert(slot);
             released += self.inner.chunk_bytes as u64;
         }
+    }
+
+    /// Has slots pinned for a device from now on: those that are asked to be ([`ChunkBuf::pin`]). A pool has one
+    /// pinner; later ones are ignored.
+    pub fn set_pinner(&self, pinner: Arc<dyn Pinner>) {
+        // Ignored: see above.
+        let _ = self.inner.pinner.set(pinner);
+    }
+
+    /// Pins one free slot that isn't, so that whoever takes it next needn't. `false` when there is none, or the budget is
+    /// used up. Blocks, about a millisecond.
+    ///
+    /// # Errors
+    /// The driver's words.
+    pub fn pin_free(&self) -> Result<bool, PinError> {
+        let buf = {
+            let mut slots = self.inner.slots.lock();
+            let unpinned = |slot: &&u32| !*self.inner.pinned[**slot as usize].lock();
+            let Some(&slot) = slots.warm.iter().chain(&slots.cold).find(unpinned) else { return Ok(false) };
+            if slots.in_use >= slots.budget {
+                return Ok(false);
+            }
+            slots.warm.remove(&slot);
+            slots.cold.remove(&slot);
+            slots.in_use += 1;
+            // Its drop makes the slot warm, which it is.
+            ChunkBuf { pool: Arc::clone(&self.inner), slot }
+        };
+        buf.pin()?;
+        Ok(true)
+    }
+
+    /// Bytes of slots that are pinned.
+    #[must_use]
+    pub fn pinned(&self) -> ByteSize {
+        let pinned = self.inner.pinned.iter().filter(|pinned| *pinned.lock()).count();
+        ByteSize(pinned as u64 * self.inner.chunk_bytes as u64)
     }
 
     /// Numbers of slots.
@@ -270,7 +320,34 @@ impl fmt::Debug for ChunkPool {
 // === impl Inner ===
 
 impl Inner {
+    /// Pins a slot that is in use, if it isn't and there is a pinner.
+    fn pin(&self, slot: u32) -> Result<(), PinError> {
+        let Some(pinner) = self.pinner.get() else { return Ok(()) };
+        let mut pinned = self.pinned[slot as usize].lock();
+        if !*pinned {
+            // SAFETY: the slot is mapped until `self` is dropped, which unpins it, and its memory is not given back
+            // before `punch` has unpinned it.
+            unsafe { pinner.pin(self.slot_ptr(slot), self.chunk_bytes) }?;
+            *pinned = true;
+        }
+        Ok(())
+    }
+
+    /// Unpins a slot that nobody uses.
+    fn unpin(&self, slot: u32) -> Result<(), PinError> {
+        let Some(pinner) = self.pinner.get() else { return Ok(()) };
+        let mut pinned = self.pinned[slot as usize].lock();
+        if *pinned {
+            // SAFETY: pinned by `pin`, still mapped; whoever copies from a slot holds it, and nobody does.
+            unsafe { pinner.unpin(self.slot_ptr(slot), self.chunk_bytes) }?;
+            *pinned = false;
+        }
+        Ok(())
+    }
+
     fn punch(&self, slot: u32) -> io::Result<()> {
+        // Pinned pages outlive the hole: the device would go on reading them while the pool has others.
+        self.unpin(slot).map_err(io::Error::other)?;
         Ok(rustix::fs::fallocate(
             &self.fd,
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -288,6 +365,11 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        for slot in 0..self.capacity {
+            if let Err(error) = self.unpin(slot) {
+                tracing::warn!(slot, %error, "a chunk stays pinned until the process ends");
+            }
+        }
         let len = self.capacity as usize * self.chunk_bytes;
         // SAFETY: the mapping was made by `ChunkPool::new` with this length; buffers hold an `Arc` of `self`, so none
         // is left. The only error is a range that isn't mapped.
@@ -302,6 +384,15 @@ impl ChunkBuf {
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.slot
+    }
+
+    /// Has it pinned, if the pool has a pinner ([`ChunkPool::set_pinner`]) and it isn't yet. It stays so until its memory
+    /// goes back to the operating system.
+    ///
+    /// # Errors
+    /// The driver's words.
+    pub fn pin(&self) -> Result<(), PinError> {
+        self.pool.pin(self.slot)
     }
 
     /// Makes its first `len` bytes a read-only chunk that can be shared.
@@ -356,6 +447,20 @@ impl Chunk {
         self.buf.slot
     }
 
+    /// Whether a device reads it by itself; true where nothing pins.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        self.buf.pool.pinner.get().is_none() || *self.buf.pool.pinned[self.buf.slot as usize].lock()
+    }
+
+    /// As [`ChunkBuf::pin`].
+    ///
+    /// # Errors
+    /// The driver's words.
+    pub fn pin(&self) -> Result<(), PinError> {
+        self.buf.pin()
+    }
+
     /// Whether somebody else holds it too.
     #[must_use]
     pub fn is_shared(&self) -> bool {
@@ -368,6 +473,12 @@ impl Deref for Chunk {
 
     fn deref(&self) -> &[u8] {
         &self.buf[..self.len]
+    }
+}
+
+impl AsRef<[u8]> for Chunk {
+    fn as_ref(&self) -> &[u8] {
+        self
     }
 }
 
@@ -463,6 +574,55 @@ mod tests {
         };
         assert!(writable.is_err());
         assert!(rustix::fs::ftruncate(&pool, 0).is_err(), "sealed");
+    }
+
+    /// Remembers what is pinned.
+    #[derive(Default)]
+    struct Ledger {
+        pinned: Mutex<BTreeSet<usize>>,
+        refuse: std::sync::atomic::AtomicBool,
+    }
+
+    impl Pinner for Ledger {
+        unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), PinError> {
+            assert_eq!(bytes as u64, CHUNK.bytes());
+            if self.refuse.load(std::sync::atomic::Ordering::Relaxed) {
+                return Err(PinError("refused".into()));
+            }
+            assert!(self.pinned.lock().insert(address as usize), "pinned twice");
+            Ok(())
+        }
+
+        unsafe fn unpin(&self, address: *mut u8, _bytes: usize) -> Result<(), PinError> {
+            assert!(self.pinned.lock().remove(&(address as usize)), "unpinned without being pinned");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn slots_are_pinned_once_and_unpinned_before_their_memory_goes() {
+        let ledger = Arc::new(Ledger::default());
+        let pool = pool(4);
+        let early = pool.try_take().unwrap();
+        early.pin().unwrap();
+        assert_eq!(pool.pinned(), ByteSize::ZERO, "no pinner, nothing to do");
+        pool.set_pinner(ledger.clone());
+        early.pin().unwrap();
+        early.pin().unwrap();
+        let other = pool.try_take().unwrap();
+        let chunk = other.freeze(10);
+        chunk.pin().unwrap();
+        assert_eq!(ledger.pinned.lock().len(), 2);
+        drop(chunk);
+        assert_eq!(pool.pinned().bytes(), 2 * CHUNK.bytes(), "a free slot with memory stays pinned");
+        pool.release_free().unwrap();
+        assert_eq!(ledger.pinned.lock().len(), 1);
+        ledger.refuse.store(true, std::sync::atomic::Ordering::Relaxed);
+        let third = pool.try_take().unwrap();
+        assert_eq!(third.pin(), Err(PinError("refused".into())));
+        assert_eq!(pool.pinned(), CHUNK);
+        drop((early, third, pool));
+        assert!(ledger.pinned.lock().is_empty());
     }
 
     #[test]

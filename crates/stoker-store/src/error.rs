@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use stoker_checkpoint::{ChunkSum, FileIdentity};
+use stoker_device::DeviceError;
 use stoker_io::{FileStamp, PoolError, ReadError};
 use stoker_types::{ByteSize, ModelName};
 
@@ -94,6 +95,22 @@ pub enum LoadError {
         /// The store's.
         store: ByteSize,
     },
+    /// The device failed, or its driver refused.
+    #[error("loading `{model}` to a device failed: {source}")]
+    Device {
+        /// What was being loaded.
+        model: ModelName,
+        /// The device's words.
+        source: DeviceError,
+    },
+    /// The memory set aside on the device is shorter than the model.
+    #[error("{needed} don't fit into {slab} of device memory")]
+    SlabTooSmall {
+        /// What the layout takes.
+        needed: ByteSize,
+        /// What there is.
+        slab: ByteSize,
+    },
     /// Nobody wants it any more.
     #[error("the load was cancelled")]
     Cancelled,
@@ -136,8 +153,11 @@ impl LoadError {
             Self::Corrupt { .. } => Retry::AfterFetching,
             Self::Changed { .. } => Retry::AfterIndexing,
             Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } => Retry::Later,
+            Self::Device { source: DeviceError::OutOfMemory { .. }, .. } => Retry::WhenRoom,
+            Self::Device { source: DeviceError::Lost { .. }, .. } => Retry::Never,
+            Self::Device { .. } => Retry::Later,
             Self::Cancelled => Retry::Now,
-            Self::ChunkSize { .. } | Self::Closed => Retry::Never,
+            Self::ChunkSize { .. } | Self::SlabTooSmall { .. } | Self::Closed => Retry::Never,
         }
     }
 
@@ -151,6 +171,8 @@ impl LoadError {
             Self::Read { .. } => "read",
             Self::Open { .. } => "open",
             Self::ChunkSize { .. } => "chunk_size",
+            Self::Device { .. } => "device",
+            Self::SlabTooSmall { .. } => "slab_too_small",
             Self::Cancelled => "cancelled",
             Self::Lost { .. } => "lost",
             Self::Closed => "closed",

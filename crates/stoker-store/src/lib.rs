@@ -1,4 +1,4 @@
-//! The tiers of the checkpoint store: disk and memory, the load pipeline between them, the cache of chunks.
+//! The tiers of the checkpoint store: disk, memory and devices, the load pipeline between them, the cache of chunks.
 //!
 //! [`Store::load`] makes a model resident in the pool's slots and returns a guard; a worker maps the slots
 //! (`stoker_io::MappedFile`) without copying. [`Store::stream`] passes a model through a few slots.
@@ -6,6 +6,8 @@
 //! One load is a list of chunk reads in execution order. Reading threads pull chunks to read, so nothing queues up that
 //! a more urgent load would have to wait for or that a cancelled one would leave behind. Each thread reads a chunk and
 //! checks it, while the others read. Room is promised when a load is accepted: loads never wait for each other's slots.
+//!
+//! [`Store::deliver`] passes a model on to a device, chunk by chunk as they become ready, and may keep it in memory.
 //!
 //! Invariants:
 //! - a chunk enters the cache only after its sum was found right (or learned, when none was known);
@@ -17,9 +19,11 @@
 //! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`.
 
 mod cache;
+mod deliver;
 mod error;
 mod files;
 mod job;
+mod layout;
 mod load;
 mod meter;
 mod report;
@@ -28,9 +32,11 @@ mod store;
 mod stream;
 mod transfer;
 
+pub use deliver::{Delivered, Delivering, DeviceTarget, Keep};
 pub use error::{LoadError, OpenError, Retry};
 pub use files::{CheckpointFiles, ChunkRef, FilesError, ModelKey, SourceFile};
 pub use job::Priority;
+pub use layout::{ALIGN, FileRange, Layout};
 pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use store::{Evicted, Store, StoreConfig};

@@ -1,11 +1,11 @@
 //! What the facade, the reading threads and every guard share. One lock; nothing is read or waited for under it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
 use stoker_checkpoint::ChunkSum;
 use stoker_io::{ChunkBuf, ChunkPool, Filled, Open, ReadMode, Reader, Wake};
-use stoker_types::{ByteSize, ModelName, Tier, TierRate, clock};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate, clock};
 use tokio::sync::watch;
 
 use crate::{
@@ -34,6 +34,8 @@ pub(crate) struct State {
     pub(crate) cache: Cache,
     pub(crate) jobs: Jobs,
     meter: Meter,
+    /// Of each device, by its number.
+    copies: BTreeMap<u32, Meter>,
     bytes_read: u64,
     closed: bool,
 }
@@ -234,6 +236,33 @@ impl Shared {
     pub(crate) fn read_ended(&self, bytes: u64) {
         let now = self.now();
         self.lock().meter.end(now, bytes);
+    }
+
+    pub(crate) fn copy_begins(&self, device: u32) {
+        let now = self.now();
+        self.lock().copies.entry(device).or_default().begin(now);
+    }
+
+    pub(crate) fn copy_ended(&self, device: u32, bytes: u64) {
+        let now = self.now();
+        self.lock().copies.entry(device).or_default().end(now, bytes);
+    }
+
+    /// Takes a load's copies into the average.
+    pub(crate) fn copies_measured(&self, device: u32) {
+        let now = self.now();
+        let state = &mut *self.lock();
+        let Some(meter) = state.copies.get_mut(&device) else { return };
+        meter.sample(now);
+        if let Some(rate) = meter.rate() {
+            metrics::gauge!("stoker_store_device_rate_bytes_per_second", "device" => device.to_string())
+                .set(rate.0);
+        }
+    }
+
+    /// The measured rate of copies to a device.
+    pub(crate) fn device_rate(&self, device: u32) -> Option<BytesPerSec> {
+        self.lock().copies.get(&device)?.rate()
     }
 
     /// A chunk is there and right. If its job is gone, so is the chunk.

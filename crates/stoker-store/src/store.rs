@@ -3,12 +3,14 @@
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
+use stoker_device::Device;
 use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadThreads, Work};
-use stoker_types::{ByteSize, ModelName, TierRate};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    deliver::{Delivering, DeviceTarget, Keep},
     error::{LoadError, OpenError},
     files::CheckpointFiles,
     job::Priority,
@@ -127,6 +129,49 @@ impl Store {
     /// [`LoadError::OutOfBudget`] when there isn't room for one chunk; `ChunkSize`; `Closed`.
     pub fn stream(&self, files: &CheckpointFiles, options: StreamOptions) -> Result<ChunkStream, LoadError> {
         ChunkStream::begin(&self.shared, files, options)
+    }
+
+    /// Begins to bring a model to a device: chunks are copied as they become ready. Must be called on a runtime.
+    ///
+    /// # Errors
+    /// [`LoadError::SlabTooSmall`]; [`LoadError::OutOfBudget`] when there isn't room for one chunk; `ChunkSize`;
+    /// `Closed`.
+    pub fn deliver(
+        &self,
+        files: &CheckpointFiles,
+        target: DeviceTarget,
+        keep: Keep,
+        priority: Priority,
+    ) -> Result<Delivering, LoadError> {
+        Delivering::begin(&self.shared, files, target, keep, priority)
+    }
+
+    /// Has memory pinned for a device from now on: what is read into, and what is copied from. `ahead` bytes of free
+    /// memory are pinned in the background at once, so that the first loads don't wait for it.
+    pub fn attach(&self, device: &dyn Device, ahead: ByteSize) {
+        let Some(pinner) = device.pinner() else { return };
+        self.shared.pool.set_pinner(pinner);
+        let pool = self.shared.pool.clone();
+        let chunks = ahead.bytes() / self.chunk_bytes();
+        let pin = move || {
+            for _ in 0..chunks {
+                match pool.pin_free() {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => return crate::transfer::not_pinned(&error),
+                }
+            }
+            tracing::debug!(pinned = %pool.pinned(), "memory pinned ahead");
+        };
+        if let Err(error) = std::thread::Builder::new().name("stoker-pin".into()).spawn(pin) {
+            tracing::warn!(%error, "no thread to pin memory ahead: the first loads will do it");
+        }
+    }
+
+    /// The measured rate of copies to a device, by its number: bytes over time in which copies were under way.
+    #[must_use]
+    pub fn device_rate(&self, device: u32) -> Option<BytesPerSec> {
+        self.shared.device_rate(device)
     }
 
     /// Pins a model: what is in memory of it, now or later, is not evicted to make room (except for a load that was

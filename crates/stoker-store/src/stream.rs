@@ -181,6 +181,12 @@ impl Deref for StreamedChunk {
     }
 }
 
+impl AsRef<[u8]> for StreamedChunk {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 // === impl Seat, Lease ===
 
 impl Drop for Seat {

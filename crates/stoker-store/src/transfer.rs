@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::{ChunkBuf, Filled, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work, checksum};
+use stoker_io::{
+    ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work, checksum,
+};
 
 use crate::{
     error::{LoadError, identity},
@@ -65,6 +67,10 @@ impl Work for Puller {
 impl Transfer {
     fn start(shared: Arc<Shared>, read: ChunkRead) {
         let ChunkRead { job, files, position, reader, expected, buf } = read;
+        // Before the read: pinning makes the memory that the read would.
+        if let Err(error) = buf.pin() {
+            not_pinned(&error);
+        }
         let metered = reader.choice().is_from_medium();
         if metered {
             shared.read_begins();
@@ -251,6 +257,15 @@ fn same(file: &SourceFile, reader: &dyn Reader) -> Result<(), LoadError> {
 /// The sum of what was read, whether or not the reader computed it in passing.
 fn sum_of(filled: &Filled, buf: &ChunkBuf, len: u64) -> ChunkSum {
     ChunkSum(filled.sum.unwrap_or_else(|| checksum(&buf[..usize::try_from(len).unwrap_or(buf.len())])))
+}
+
+/// A chunk that can't be pinned is copied more slowly, and rightly.
+pub(crate) fn not_pinned(error: &PinError) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        tracing::warn!(%error, "memory can't be pinned: copies to devices will be several times slower");
+    });
+    metrics::counter!("stoker_store_unpinned_chunks_total").increment(1);
 }
 
 /// Time that a chunk takes from below at a rate; a guess before the first measurement, when all chunks cost the same.

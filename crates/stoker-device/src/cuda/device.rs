@@ -5,6 +5,7 @@
 use std::{fmt, os::fd::OwnedFd, sync::Arc};
 
 use cudarc::driver::sys;
+use stoker_io::{PinError, Pinner};
 use stoker_types::ByteSize;
 
 use super::{
@@ -14,7 +15,7 @@ use super::{
     topology,
 };
 use crate::{
-    device::{Device, Pinner, Transfer},
+    device::{Device, Transfer},
     error::DeviceError,
     info::{self, DeviceInfo, DeviceMemory},
     queue::Queue,
@@ -39,7 +40,7 @@ pub struct CudaDevice {
     context: Arc<Context>,
     queue: Arc<Queue>,
     helpers: Vec<Arc<Context>>,
-    pinner: CudaPinner,
+    pinner: Arc<CudaPinner>,
     links: Vec<Link>,
 }
 
@@ -68,7 +69,7 @@ impl CudaDevice {
         let queue = Arc::new(Queue::default());
         let mut device = Self {
             info,
-            pinner: CudaPinner { context: Arc::clone(&context) },
+            pinner: Arc::new(CudaPinner { context: Arc::clone(&context) }),
             context,
             queue,
             helpers: Vec::new(),
@@ -145,8 +146,8 @@ impl Device for CudaDevice {
         self.context.check("cuMemcpyDtoH", read)
     }
 
-    fn pinner(&self) -> Option<&dyn Pinner> {
-        Some(&self.pinner)
+    fn pinner(&self) -> Option<Arc<dyn Pinner>> {
+        Some(self.pinner.clone())
     }
 }
 
@@ -167,22 +168,22 @@ impl fmt::Debug for CudaDevice {
 // === impl CudaPinner ===
 
 impl Pinner for CudaPinner {
-    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), DeviceError> {
-        self.context.bind()?;
+    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), PinError> {
+        self.context.bind().map_err(pin_error)?;
         // SAFETY: the caller's promise. Portable: every device of the process reads it.
         let registered =
             unsafe { sys::cuMemHostRegister_v2(address.cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
-        self.context.check("cuMemHostRegister", registered).map_err(|error| match error {
-            DeviceError::Driver { name, words, .. } => {
-                DeviceError::Pin { bytes: ByteSize(bytes as u64), name, words }
-            }
-            lost => lost,
-        })
+        self.context.check("cuMemHostRegister", registered).map_err(pin_error)
     }
 
-    unsafe fn unpin(&self, address: *mut u8, _bytes: usize) -> Result<(), DeviceError> {
-        self.context.bind()?;
+    unsafe fn unpin(&self, address: *mut u8, _bytes: usize) -> Result<(), PinError> {
+        self.context.bind().map_err(pin_error)?;
         // SAFETY: the caller's promise.
-        self.context.check("cuMemHostUnregister", unsafe { sys::cuMemHostUnregister(address.cast()) })
+        let unregistered = unsafe { sys::cuMemHostUnregister(address.cast()) };
+        self.context.check("cuMemHostUnregister", unregistered).map_err(pin_error)
     }
+}
+
+fn pin_error(error: DeviceError) -> PinError {
+    PinError(error.to_string())
 }

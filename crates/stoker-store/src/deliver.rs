@@ -1,0 +1,581 @@
+//! A model's way to a device: chunks are copied as they become ready, in execution order.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use stoker_device::{Device, HostBytes, Slab, Transfer};
+use stoker_io::Chunk;
+use stoker_types::ByteSize;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    error::LoadError,
+    files::{CheckpointFiles, ChunkRef},
+    job::Priority,
+    layout::Layout,
+    load::{Loading, Resident, Watermark},
+    report::LoadReport,
+    shared::Shared,
+    stream::{ChunkStream, StreamOptions},
+};
+
+/// Copies that are queued on a device at most. More than its links have under way, so that they never run dry.
+const QUEUED: usize = 32;
+
+/// Where on which device a model goes.
+#[derive(Debug, Clone)]
+pub struct DeviceTarget {
+    /// The device.
+    pub device: Arc<dyn Device>,
+    /// Memory on it, at least as long as the layout. It is written to until the load has ended, however it ends.
+    pub slab: Slab,
+    /// Where tensors lie in it.
+    pub layout: Arc<Layout>,
+}
+
+/// What stays in memory of a model that goes to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// All of it, as far as there is room for all of it; otherwise it passes through a ring.
+    All,
+    /// Nothing: it passes through a ring of so many chunks. What is in memory already stays.
+    Nothing {
+        /// Chunks of the ring at most.
+        ring_chunks: usize,
+    },
+}
+
+/// A model on its way to a device. Dropped, the load is cancelled: copies that the device has are still made, so the slab's
+/// memory is written to until [`DeviceTarget::slab`]'s last handle is gone.
+#[derive(Debug)]
+pub struct Delivering {
+    task: JoinHandle<Result<Delivered, LoadError>>,
+    arrived: watch::Receiver<u64>,
+    total: ByteSize,
+    cancel: CancellationToken,
+    _on_drop: DropGuard,
+}
+
+/// A model on a device: whole, and checked on its way.
+#[derive(Debug)]
+pub struct Delivered {
+    /// What bringing it to memory did.
+    pub load: LoadReport,
+    /// Bytes copied to the device.
+    pub copied: ByteSize,
+    /// From the order to the last byte on the device.
+    pub total: Duration,
+    /// From the order to the first chunk on the device.
+    pub first: Duration,
+    /// Its chunks in memory, if they stay: held until this is dropped.
+    pub resident: Option<Resident>,
+}
+
+/// Chunks in execution order, each as soon as it and all before it are ready.
+enum Source {
+    Memory { loading: Loading, watermark: Watermark, next: usize, ready: u64 },
+    Ring(Box<ChunkStream>),
+}
+
+/// Copies that the device has.
+struct Flights {
+    places: Arc<Semaphore>,
+    ended: mpsc::UnboundedReceiver<Ended>,
+    sender: mpsc::UnboundedSender<Ended>,
+    arrivals: Arrivals,
+    queued: usize,
+    settled: usize,
+}
+
+/// The end of a copy.
+struct Ended {
+    position: usize,
+    bytes: u64,
+    result: Result<(), stoker_device::DeviceError>,
+    _place: OwnedSemaphorePermit,
+}
+
+/// How far the model has arrived, without a gap.
+struct Arrivals {
+    /// Chunks from the beginning.
+    prefix: usize,
+    /// Chunks beyond that, with their bytes.
+    beyond: BTreeSet<(usize, u64)>,
+    bytes: u64,
+    first: Option<Duration>,
+    arrived: watch::Sender<u64>,
+}
+
+// === impl Delivering ===
+
+impl Delivering {
+    pub(crate) fn begin(
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+        target: DeviceTarget,
+        keep: Keep,
+        priority: Priority,
+    ) -> Result<Self, LoadError> {
+        let needed = target.layout.bytes();
+        if needed > target.slab.bytes() {
+            return Err(LoadError::SlabTooSmall { needed, slab: target.slab.bytes() });
+        }
+        let source = Source::begin(shared, files, keep, priority)?;
+        let (arrived, watched) = watch::channel(0);
+        let cancel = CancellationToken::new();
+        let delivery = Delivery {
+            shared: Arc::clone(shared),
+            files: files.clone(),
+            target,
+            cancel: cancel.clone(),
+            started: shared.now(),
+        };
+        let task = tokio::spawn(delivery.run(source, arrived));
+        let _on_drop = cancel.clone().drop_guard();
+        Ok(Self { task, arrived: watched, total: files.bytes(), cancel, _on_drop })
+    }
+
+    /// Bytes of the files that have arrived, from the beginning without a gap in execution order. Ends when the load does.
+    #[must_use]
+    pub fn arrived(&self) -> watch::Receiver<u64> {
+        self.arrived.clone()
+    }
+
+    /// Bytes of the files.
+    #[must_use]
+    pub fn total(&self) -> ByteSize {
+        self.total
+    }
+
+    /// Waits for the end, or for `cancel`. Either way no copy is under way any more afterwards.
+    ///
+    /// # Errors
+    /// [`LoadError`]; what is in the slab means nothing then.
+    pub async fn wait(mut self, cancel: &CancellationToken) -> Result<Delivered, LoadError> {
+        tokio::select! {
+            biased;
+            ended = &mut self.task => return flatten(ended),
+            () = cancel.cancelled() => {}
+        }
+        self.cancel.cancel();
+        flatten((&mut self.task).await)
+    }
+}
+
+fn flatten(
+    ended: Result<Result<Delivered, LoadError>, tokio::task::JoinError>,
+) -> Result<Delivered, LoadError> {
+    // A runtime that shuts down takes its tasks with it.
+    ended.unwrap_or(Err(LoadError::Closed))
+}
+
+struct Delivery {
+    shared: Arc<Shared>,
+    files: CheckpointFiles,
+    target: DeviceTarget,
+    cancel: CancellationToken,
+    started: Duration,
+}
+
+impl Delivery {
+    async fn run(self, mut source: Source, arrived: watch::Sender<u64>) -> Result<Delivered, LoadError> {
+        let mut flights = Flights::new(arrived);
+        let passed = self.pass(&mut source, &mut flights).await;
+        // However it went: the slab is nobody else's while the device still writes to it.
+        let settled = flights.settle(&self).await;
+        passed.and(settled)?;
+        let total = self.elapsed();
+        let first = flights.arrivals.first.unwrap_or(total);
+        let (load, resident) = source.finish(&self.cancel).await?;
+        let copied = self.target.layout.bytes();
+        let model = &self.files.key().name;
+        let device = self.target.device.info().ordinal;
+        tracing::info!(%model, device, %copied, time = ?total, "on the device");
+        self.shared.copies_measured(device);
+        metrics::counter!("stoker_store_device_bytes_total", "device" => device.to_string())
+            .increment(copied.bytes());
+        Ok(Delivered { load, copied, total, first, resident })
+    }
+
+    /// Queues every chunk.
+    async fn pass(&self, source: &mut Source, flights: &mut Flights) -> Result<(), LoadError> {
+        for position in 0.. {
+            let next = tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return Err(LoadError::Cancelled),
+                next = source.next(&self.shared, &self.files) => next?,
+            };
+            let Some((at, bytes)) = next else { break };
+            let place = flights.place(self).await?;
+            flights.queue(self, position, at, bytes, place);
+        }
+        Ok(())
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.shared.now().saturating_sub(self.started)
+    }
+}
+
+// === impl Source ===
+
+impl Source {
+    fn begin(
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+        keep: Keep,
+        priority: Priority,
+    ) -> Result<Self, LoadError> {
+        let ring_chunks = match keep {
+            Keep::Nothing { ring_chunks } => ring_chunks,
+            Keep::All => match Loading::begin(shared, files, priority) {
+                Ok(loading) => {
+                    let watermark = loading.watermark();
+                    return Ok(Self::Memory { loading, watermark, next: 0, ready: 0 });
+                }
+                Err(LoadError::OutOfBudget { .. }) => StreamOptions::default().ring_chunks,
+                Err(error) => return Err(error),
+            },
+        };
+        let options = StreamOptions { ring_chunks, priority, ..StreamOptions::default() };
+        Ok(Self::Ring(Box::new(ChunkStream::begin(shared, files, options)?)))
+    }
+
+    async fn next(
+        &mut self,
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+    ) -> Result<Option<(ChunkRef, Box<dyn HostBytes>)>, LoadError> {
+        match self {
+            Self::Ring(stream) => {
+                let Some(chunk) = stream.next().await? else { return Ok(None) };
+                Ok(Some((chunk.at(), Box::new(chunk))))
+            }
+            Self::Memory { watermark, next, ready, .. } => {
+                let Some(&at) = files.order().get(*next) else { return Ok(None) };
+                let needed = *ready + files.chunk_len(at);
+                watermark.wait_for(ByteSize(needed)).await?;
+                // The loading holds the model, so what is ready stays.
+                let chunk =
+                    shared.lock().cache.model(files.key()).and_then(|model| model.chunk(*next).cloned());
+                let chunk = pinned(chunk.ok_or(LoadError::Closed)?).await;
+                (*next, *ready) = (*next + 1, needed);
+                Ok(Some((at, Box::new(chunk))))
+            }
+        }
+    }
+
+    /// Everything has been passed on.
+    async fn finish(self, cancel: &CancellationToken) -> Result<(LoadReport, Option<Resident>), LoadError> {
+        match self {
+            Self::Memory { loading, .. } => {
+                let resident = loading.wait(cancel).await?;
+                Ok((resident.report().clone(), Some(resident)))
+            }
+            Self::Ring(stream) => {
+                let report = stream.report().ok_or(LoadError::Closed)?.clone();
+                Ok((report, None))
+            }
+        }
+    }
+}
+
+/// A chunk that was in memory before there was a device, or before it was worth pinning.
+async fn pinned(chunk: Chunk) -> Chunk {
+    if chunk.is_pinned() {
+        return chunk;
+    }
+    let same = chunk.clone();
+    // About a millisecond.
+    match tokio::task::spawn_blocking(move || chunk.pin()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => crate::transfer::not_pinned(&error),
+        Err(error) => tracing::warn!(%error, "pinning was cut short"),
+    }
+    same
+}
+
+// === impl Flights ===
+
+impl Flights {
+    fn new(arrived: watch::Sender<u64>) -> Self {
+        let (sender, ended) = mpsc::unbounded_channel();
+        let arrivals = Arrivals { prefix: 0, beyond: BTreeSet::new(), bytes: 0, first: None, arrived };
+        Self { places: Arc::new(Semaphore::new(QUEUED)), ended, sender, arrivals, queued: 0, settled: 0 }
+    }
+
+    /// A place for one more copy; takes note of what has ended meanwhile.
+    async fn place(&mut self, delivery: &Delivery) -> Result<OwnedSemaphorePermit, LoadError> {
+        loop {
+            while let Ok(ended) = self.ended.try_recv() {
+                self.note(delivery, ended)?;
+            }
+            if let Ok(place) = Arc::clone(&self.places).try_acquire_owned() {
+                return Ok(place);
+            }
+            let ended = tokio::select! {
+                biased;
+                () = delivery.cancel.cancelled() => return Err(LoadError::Cancelled),
+                ended = self.ended.recv() => ended,
+            };
+            // This value has a sender.
+            self.note(delivery, ended.ok_or(LoadError::Closed)?)?;
+        }
+    }
+
+    fn queue(
+        &mut self,
+        delivery: &Delivery,
+        position: usize,
+        at: ChunkRef,
+        from: Box<dyn HostBytes>,
+        place: OwnedSemaphorePermit,
+    ) {
+        let bytes = delivery.files.chunk_len(at);
+        let cuts = delivery.target.layout.cuts(&delivery.files, at);
+        let sender = self.sender.clone();
+        self.queued += 1;
+        let end = move |result| {
+            // Nobody waits for it when the runtime is going down.
+            let _ = sender.send(Ended { position, bytes, result, _place: place });
+        };
+        if cuts.is_empty() {
+            drop(from);
+            return end(Ok(()));
+        }
+        let to = delivery.target.slab.clone();
+        let copied: u64 = cuts.iter().map(|cut| cut.len as u64).sum();
+        let (shared, device) = (Arc::clone(&delivery.shared), delivery.target.device.info().ordinal);
+        shared.copy_begins(device);
+        let done = Box::new(move |result: Result<_, _>| {
+            shared.copy_ended(device, if result.is_ok() { copied } else { 0 });
+            end(result);
+        });
+        delivery.target.device.copy(Transfer { from, to, cuts, done });
+    }
+
+    fn note(&mut self, delivery: &Delivery, ended: Ended) -> Result<(), LoadError> {
+        self.settled += 1;
+        match ended.result {
+            Ok(()) => {
+                self.arrivals.note(ended.position, ended.bytes, delivery);
+                Ok(())
+            }
+            Err(source) => Err(LoadError::Device { model: delivery.files.key().name.clone(), source }),
+        }
+    }
+
+    /// Waits until the device has nothing any more; the first error counts.
+    async fn settle(&mut self, delivery: &Delivery) -> Result<(), LoadError> {
+        let mut result = Ok(());
+        while self.settled < self.queued {
+            let Some(ended) = self.ended.recv().await else { return Err(LoadError::Closed) };
+            result = result.and(self.note(delivery, ended));
+        }
+        result
+    }
+}
+
+// === impl Arrivals ===
+
+impl Arrivals {
+    fn note(&mut self, position: usize, bytes: u64, delivery: &Delivery) {
+        self.first.get_or_insert_with(|| delivery.elapsed());
+        self.beyond.insert((position, bytes));
+        let before = self.prefix;
+        while let Some((position, bytes)) = self.beyond.first().copied()
+            && position == self.prefix
+        {
+            self.beyond.pop_first();
+            self.prefix += 1;
+            self.bytes += bytes;
+        }
+        if self.prefix > before {
+            self.arrived.send_replace(self.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, path::Path};
+
+    use stoker_checkpoint::{Trust, identity_of};
+    use stoker_device::{DeviceError, SimulatedDevice, SimulatedOptions};
+    use stoker_types::{BytesPerSec, ModelName};
+
+    use super::*;
+    use crate::{FileRange, SourceFile, Store, StoreConfig};
+
+    const CHUNK: u64 = 64 << 10;
+
+    /// Two files with tensors at crooked offsets, wanted in another order than they lie in.
+    struct Model {
+        files: CheckpointFiles,
+        layout: Arc<Layout>,
+        ranges: Vec<FileRange>,
+        bytes: Vec<Vec<u8>>,
+    }
+
+    fn model(dir: &Path, name: &str, chunks: u64) -> Model {
+        let bytes: Vec<Vec<u8>> = (0..2_u64)
+            .map(|file| {
+                let byte = |i: u64| (i + file).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[5];
+                (0..chunks * CHUNK / 2 + 4242 * file).map(byte).collect()
+            })
+            .collect();
+        let files = bytes.iter().enumerate().map(|(i, bytes)| {
+            let path = dir.join(format!("{name}-{i}"));
+            std::fs::File::create_new(&path).unwrap().write_all(bytes).unwrap();
+            SourceFile { identity: identity_of(&path).unwrap(), path, chunk_sums: Vec::new() }
+        });
+        let files: Vec<_> = files.collect();
+        let mut ranges = Vec::new();
+        for (file, content) in (0_u32..).zip(&bytes) {
+            let mut offset = 8;
+            for len in [100_000, 512, 777, 30_000].into_iter().cycle() {
+                if offset + len > content.len() as u64 {
+                    break;
+                }
+                ranges.push(FileRange { file, offset, len });
+                offset += len;
+            }
+        }
+        ranges.reverse();
+        let first =
+            ranges.iter().map(|r| ChunkRef { file: r.file, index: u32::try_from(r.offset / CHUNK).unwrap() });
+        let name = ModelName::new(name).unwrap();
+        let files = CheckpointFiles::new(name, files, Trust::None, CHUNK, first.collect::<Vec<_>>()).unwrap();
+        Model { files, layout: Arc::new(Layout::new(ranges.iter().copied())), ranges, bytes }
+    }
+
+    fn store(chunks: u64) -> Store {
+        let budget = ByteSize(chunks * CHUNK);
+        Store::open(StoreConfig { chunk: ByteSize(CHUNK), ..StoreConfig::new(budget) }).unwrap()
+    }
+
+    fn device(options: SimulatedOptions) -> Arc<SimulatedDevice> {
+        Arc::new(SimulatedDevice::new(&options).unwrap())
+    }
+
+    fn target(device: &Arc<SimulatedDevice>, model: &Model) -> DeviceTarget {
+        let slab = device.allocate(model.layout.bytes(), ByteSize::mib(2)).unwrap();
+        DeviceTarget { device: device.clone(), slab, layout: Arc::clone(&model.layout) }
+    }
+
+    fn assert_arrived(model: &Model, target: &DeviceTarget) {
+        for (range, to) in model.ranges.iter().zip(model.layout.tensors()) {
+            let mut got = vec![0; usize::try_from(range.len).unwrap()];
+            target.device.read(&target.slab, *to, &mut got).unwrap();
+            let from = usize::try_from(range.offset).unwrap();
+            assert!(got == model.bytes[range.file as usize][from..from + got.len()], "{range:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn tensors_arrive_from_disk_then_from_memory_then_through_a_ring() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 40);
+        let store = store(60);
+        let device = device(SimulatedOptions { rate: Some(BytesPerSec(1e9)), ..SimulatedOptions::default() });
+        let cancel = CancellationToken::new();
+        for (keep, from_disk, stays) in [
+            (Keep::All, true, true),
+            (Keep::All, false, true),
+            (Keep::Nothing { ring_chunks: 3 }, false, false),
+        ] {
+            let target = target(&device, &model);
+            let delivering = store.deliver(&model.files, target.clone(), keep, Priority::Demand).unwrap();
+            let arrived = delivering.arrived();
+            let delivered = delivering.wait(&cancel).await.unwrap();
+            assert_arrived(&model, &target);
+            assert_eq!(*arrived.borrow(), model.files.bytes().bytes());
+            assert_eq!(
+                delivered.load.bytes_from(stoker_types::Tier::Ssd) > ByteSize::ZERO,
+                from_disk,
+                "{keep:?}"
+            );
+            assert_eq!(delivered.resident.is_some(), stays);
+            assert!(delivered.first <= delivered.total);
+        }
+        let layout = model.layout.bytes().bytes();
+        assert!(device.modelled() >= Duration::from_nanos(3 * layout * 9 / 10), "a byte takes a nanosecond");
+        assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO);
+        assert!(store.device_rate(0).is_none_or(|rate| rate.0 > 0.0));
+    }
+
+    #[tokio::test]
+    async fn a_model_larger_than_memory_passes_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 50);
+        let store = store(4);
+        let device = device(SimulatedOptions::default());
+        let target = target(&device, &model);
+        let delivering = store.deliver(&model.files, target.clone(), Keep::All, Priority::Demand).unwrap();
+        let delivered = delivering.wait(&CancellationToken::new()).await.unwrap();
+        assert_arrived(&model, &target);
+        assert!(delivered.resident.is_none());
+        assert_eq!(store.stats().used, ByteSize::ZERO);
+    }
+
+    #[tokio::test]
+    async fn a_failing_device_fails_the_load_and_frees_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 40);
+        for keep in [Keep::All, Keep::Nothing { ring_chunks: 4 }] {
+            let store = store(60);
+            let device = device(SimulatedOptions::default());
+            let target = target(&device, &model);
+            let fault = DeviceError::Simulated { device: 0, what: "bus error" };
+            device.fail_after(ByteSize(500_000), fault.clone());
+            let delivering = store.deliver(&model.files, target, keep, Priority::Demand).unwrap();
+            let error = delivering.wait(&CancellationToken::new()).await.unwrap_err();
+            assert!(matches!(&error, LoadError::Device { source, .. } if *source == fault), "{error}");
+            assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO, "the slab is free");
+            // The device serves the next load.
+            let target = super::tests::target(&device, &model);
+            let again = store.deliver(&model.files, target.clone(), keep, Priority::Demand).unwrap();
+            again.wait(&CancellationToken::new()).await.unwrap();
+            assert_arrived(&model, &target);
+        }
+    }
+
+    #[tokio::test]
+    async fn cancelled_in_the_middle_nothing_is_written_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 60);
+        let store = store(80);
+        let slow = SimulatedOptions {
+            rate: Some(BytesPerSec(50e6)),
+            real_time: true,
+            ..SimulatedOptions::default()
+        };
+        let device = device(slow);
+        let target = target(&device, &model);
+        let delivering = store.deliver(&model.files, target.clone(), Keep::All, Priority::Demand).unwrap();
+        let mut arrived = delivering.arrived();
+        arrived.wait_for(|bytes| *bytes > 0).await.unwrap();
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        let error = delivering.wait(&cancel).await.unwrap_err();
+        assert!(matches!(error, LoadError::Cancelled), "{error}");
+        let busy = device.modelled();
+        drop(target);
+        assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO, "no copy holds it any more");
+        assert_eq!(device.modelled(), busy);
+    }
+
+    #[tokio::test]
+    async fn a_slab_that_is_too_small_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 4);
+        let device = device(SimulatedOptions::default());
+        let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
+        let target = DeviceTarget { device, slab, layout: Arc::clone(&model.layout) };
+        let error = store(8).deliver(&model.files, target, Keep::All, Priority::Demand).unwrap_err();
+        assert!(matches!(error, LoadError::SlabTooSmall { .. }), "{error}");
+    }
+}

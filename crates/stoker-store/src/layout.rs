@@ -1,0 +1,219 @@
+//! Where a model's tensors lie in device memory.
+//!
+//! The device's copy keeps the files' order, so that tensors which lie side by side in a file are copied as one piece. A
+//! tensor that would come to lie at an address that is no multiple of [`ALIGN`] begins a new piece: a copy may begin at
+//! any byte on both sides at the same speed (measured), so nothing needs to be moved on the host or on the device.
+
+use stoker_checkpoint::Manifest;
+use stoker_device::Cut;
+use stoker_types::ByteSize;
+
+use crate::files::{CheckpointFiles, ChunkRef};
+
+/// Every tensor's address on the device is a multiple of it, bytes: what vector loads and matrix units want at most.
+pub const ALIGN: u64 = 256;
+
+/// Bytes between two tensors of a file that are rather copied than cut out: a copy of few bytes takes as long.
+const GAP: u64 = 64 << 10;
+
+/// A range of a weight file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileRange {
+    /// Index of the file.
+    pub file: u32,
+    /// First byte.
+    pub offset: u64,
+    /// How many.
+    pub len: u64,
+}
+
+/// Where tensors lie in one slab of device memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    bytes: u64,
+    /// Ordered by file and offset.
+    spans: Vec<Span>,
+    /// Of each span, the farthest end of it and those before it in its file. (Tensors that overlap may not agree on a
+    /// piece.)
+    reach: Vec<u64>,
+    /// First byte of each tensor, in the order in which they were given.
+    tensors: Vec<u64>,
+}
+
+/// Bytes that lie side by side, in a file and on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Span {
+    from: FileRange,
+    to: u64,
+}
+
+// === impl Layout ===
+
+impl Layout {
+    /// All of a manifest's tensors, in its order.
+    #[must_use]
+    pub fn of_manifest(manifest: &Manifest) -> Self {
+        Self::new(manifest.tensors.iter().map(|tensor| FileRange {
+            file: tensor.file,
+            offset: tensor.offset,
+            len: tensor.len,
+        }))
+    }
+
+    /// Tensors with these bytes. Those with the same bytes (tied weights) lie at the same place.
+    #[must_use]
+    pub fn new(tensors: impl IntoIterator<Item = FileRange>) -> Self {
+        let ranges: Vec<_> = tensors.into_iter().collect();
+        let mut sorted: Vec<usize> = (0..ranges.len()).collect();
+        sorted.sort_by_key(|tensor| ranges[*tensor]);
+        let mut spans: Vec<Span> = Vec::new();
+        let mut end = 0_u64;
+        let mut placed = vec![0; ranges.len()];
+        for tensor in sorted {
+            let range = ranges[tensor];
+            if let Some(span) = spans.last_mut()
+                && let Some(at) = span.place(range)
+            {
+                span.from.len = span.from.len.max(range.end() - span.from.offset);
+                end = span.to + span.from.len;
+                placed[tensor] = at;
+                continue;
+            }
+            let to = end.next_multiple_of(ALIGN);
+            placed[tensor] = to;
+            end = to + range.len;
+            spans.push(Span { from: range, to });
+        }
+        let mut reach: Vec<u64> = Vec::with_capacity(spans.len());
+        for (i, span) in spans.iter().enumerate() {
+            let before = i.checked_sub(1).filter(|before| spans[*before].from.file == span.from.file);
+            reach.push(span.from.end().max(before.map_or(0, |before| reach[before])));
+        }
+        Self { bytes: end, spans, reach, tensors: placed }
+    }
+
+    /// Bytes of device memory that it takes.
+    #[must_use]
+    pub fn bytes(&self) -> ByteSize {
+        ByteSize(self.bytes)
+    }
+
+    /// First byte of each tensor, in the order in which they were given.
+    #[must_use]
+    pub fn tensors(&self) -> &[u64] {
+        &self.tensors
+    }
+
+    /// What of a chunk goes where.
+    pub(crate) fn cuts(&self, files: &CheckpointFiles, chunk: ChunkRef) -> Vec<Cut> {
+        let (file, begin) = (chunk.file, files.offset(chunk));
+        let end = begin + files.chunk_len(chunk);
+        let before = self.spans.partition_point(|span| span.from.file < file);
+        let of_file = self.spans[before..].partition_point(|span| span.from.file == file);
+        let first = before + self.reach[before..before + of_file].partition_point(|reach| *reach <= begin);
+        self.spans[first..]
+            .iter()
+            .take_while(|span| (span.from.file, span.from.offset) < (file, end))
+            .filter_map(|span| {
+                let from = span.from.offset.max(begin);
+                let len = span.from.end().min(end).saturating_sub(from);
+                Some(Cut {
+                    from: usize::try_from(from - begin).ok()?,
+                    len: usize::try_from(len).ok().filter(|len| *len > 0)?,
+                    to: span.to + (from - span.from.offset),
+                })
+            })
+            .collect()
+    }
+}
+
+// === impl Span ===
+
+impl Span {
+    /// Where a range that begins no earlier comes to lie, if it can be part of the span.
+    fn place(&self, range: FileRange) -> Option<u64> {
+        let near = range.file == self.from.file && range.offset <= self.from.end().saturating_add(GAP);
+        let at = self.to + range.offset.checked_sub(self.from.offset)?;
+        (near && at.is_multiple_of(ALIGN)).then_some(at)
+    }
+}
+
+// === impl FileRange ===
+
+impl FileRange {
+    fn end(&self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use stoker_checkpoint::{FileIdentity, Trust};
+    use stoker_types::ModelName;
+
+    use super::*;
+    use crate::files::SourceFile;
+
+    fn range(file: u32, offset: u64, len: u64) -> FileRange {
+        FileRange { file, offset, len }
+    }
+
+    #[test]
+    fn neighbours_are_one_piece_and_a_crooked_one_begins_another() {
+        // Tensors begin at 8 in the file; the third is 8 bytes beyond a multiple of 256 from there.
+        let layout = Layout::new([range(0, 8, 512), range(0, 520, 264), range(0, 784, 100), range(1, 0, 1)]);
+        assert_eq!(layout.tensors(), [0, 512, 1024, 1280]);
+        assert_eq!(layout.bytes(), ByteSize(1281));
+        assert_eq!(layout.spans.len(), 3);
+    }
+
+    #[test]
+    fn order_of_naming_does_not_matter_and_tied_tensors_share() {
+        let layout = Layout::new([range(0, 512, 256), range(0, 0, 512), range(0, 512, 256)]);
+        assert_eq!(layout.tensors(), [512, 0, 512]);
+        assert_eq!((layout.bytes(), layout.spans.len()), (ByteSize(768), 1));
+    }
+
+    #[test]
+    fn a_far_neighbour_is_not_copied_with_what_lies_between() {
+        let layout = Layout::new([range(0, 0, 256), range(0, 10 << 20, 256)]);
+        assert_eq!((layout.bytes(), layout.spans.len()), (ByteSize(512), 2));
+    }
+
+    proptest! {
+        /// Whatever the tensors, and however chunks cut them: each arrives whole, aligned, and where it is said to be.
+        #[test]
+        fn every_byte_arrives(
+            tensors in proptest::collection::vec((0_u32..3, 0_u64..200_000, 1_u64..5_000), 1..20),
+            chunk in 1_000_u64..60_000,
+        ) {
+            const LEN: u64 = 210_000;
+            let ranges: Vec<_> = tensors.iter().map(|(f, o, l)| range(*f, *o, *l)).collect();
+            let layout = Layout::new(ranges.iter().copied());
+            let file = || SourceFile {
+                path: "/m".into(),
+                identity: FileIdentity { len: LEN, mtime_ns: 0, inode: 0 },
+                chunk_sums: Vec::new(),
+            };
+            let three = vec![file(), file(), file()];
+            let name = ModelName::new("m").unwrap();
+            let files = CheckpointFiles::new(name, three, Trust::None, chunk, []).unwrap();
+            let byte = |file: u32, at: u64| (at + u64::from(file)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[5];
+            let mut device = vec![0_u8; usize::try_from(layout.bytes().bytes()).unwrap()];
+            for at in files.order() {
+                for Cut { from, len, to } in layout.cuts(&files, *at) {
+                    for i in 0..len {
+                        device[usize::try_from(to).unwrap() + i] = byte(at.file, files.offset(*at) + (from + i) as u64);
+                    }
+                }
+            }
+            for (range, to) in ranges.iter().zip(layout.tensors()) {
+                prop_assert!(to.is_multiple_of(ALIGN));
+                for i in 0..range.len {
+                    prop_assert_eq!(device[usize::try_from(to + i).unwrap()], byte(range.file, range.offset + i));
+                }
+            }
+        }
+    }
+}
