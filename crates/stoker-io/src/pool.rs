@@ -1,7 +1,9 @@
-//! The pool: one sparse memfd, cut into slots of one chunk each.
+//! The pool: one range of memory, cut into slots of one chunk each.
 //!
-//! The memfd is mapped read-write once, in the process that fills it. Other processes get a read-only descriptor
-//! ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]).
+//! A shared pool is a sparse memfd, mapped read-write once, in the process that fills it. Other processes get a read-only
+//! descriptor ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]). A private one
+//! is anonymous memory, which gets huge pages on most machines where a memfd doesn't: it is made, pinned and copied through
+//! faster.
 
 #![expect(unsafe_code, reason = "hands out disjoint parts of one shared mapping")]
 
@@ -9,7 +11,7 @@ use std::{
     collections::BTreeSet,
     fmt, io,
     ops::{Deref, DerefMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd},
     ptr::NonNull,
     slice,
     sync::{Arc, OnceLock},
@@ -56,6 +58,9 @@ pub enum PoolError {
     },
 }
 
+/// A huge page begins at a multiple of it, bytes.
+const HUGE: usize = 2 << 20;
+
 /// How many slots there are, and what they are doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolUsage {
@@ -90,8 +95,12 @@ pub struct Chunk {
 }
 
 struct Inner {
-    fd: OwnedFd,
+    /// The memory's descriptor, if it is shared.
+    fd: Option<OwnedFd>,
+    /// The first slot.
     base: NonNull<u8>,
+    /// What was mapped: `base` lies in it, at a multiple of [`HUGE`].
+    mapped: (NonNull<u8>, usize),
     chunk_bytes: usize,
     capacity: u32,
     slots: Mutex<Slots>,
@@ -118,12 +127,24 @@ unsafe impl Sync for Inner {}
 // === impl ChunkPool ===
 
 impl ChunkPool {
-    /// A pool with room for `capacity` bytes (rounded down to whole chunks), all of which may be in use. It takes
+    /// A shared pool with room for `capacity` bytes (rounded down to whole chunks), all of which may be in use. It takes
     /// address space, and memory only as slots are first written.
     ///
     /// # Errors
     /// [`PoolError`]; `Os` when the machine has no memfd or no address space for it.
     pub fn new(capacity: ByteSize, chunk: ByteSize) -> Result<Self, PoolError> {
+        Self::make(capacity, chunk, true)
+    }
+
+    /// As [`Self::new`], for this process alone.
+    ///
+    /// # Errors
+    /// [`PoolError`].
+    pub fn private(capacity: ByteSize, chunk: ByteSize) -> Result<Self, PoolError> {
+        Self::make(capacity, chunk, false)
+    }
+
+    fn make(capacity: ByteSize, chunk: ByteSize, shared: bool) -> Result<Self, PoolError> {
         let page = ByteSize(rustix::param::page_size() as u64);
         if chunk == ByteSize::ZERO || !chunk.bytes().is_multiple_of(page.bytes()) {
             return Err(PoolError::ChunkSize { chunk, page });
@@ -134,50 +155,19 @@ impl ChunkPool {
         let Some(len) = (slots as usize).checked_mul(chunk_bytes).filter(|len| *len > 0) else {
             return Err(no_room);
         };
-        let os = |step| {
-            move |errno: rustix::io::Errno| PoolError::Os { step, capacity, source: io::Error::from(errno) }
-        };
-
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let name = "stoker-pool";
-        // Kernels before 6.3 don't know the flag.
-        let fd = rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
-            .or_else(|_| rustix::fs::memfd_create(name, flags))
-            .map_err(os("memfd_create"))?;
-        rustix::fs::ftruncate(&fd, len as u64).map_err(os("ftruncate"))?;
-        // A reader's mapping must never lose its pages under it (SIGBUS): the file can't shrink any more.
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(os("F_ADD_SEALS"))?;
-        // Nobody who is handed the read-only descriptor can open the same memory for writing by accident.
-        rustix::fs::fchmod(&fd, Mode::RUSR).map_err(os("fchmod"))?;
-
-        // SAFETY: a new mapping at an address that the kernel chooses; no existing memory is touched.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                &fd,
-                0,
-            )
-        }
-        .map_err(os("mmap"))?;
-        // Fewer page faults and fewer pages to pin for direct I/O; refused where huge pages are switched off, which
-        // costs only speed.
-        // SAFETY: the range is the mapping made above; the advice changes no contents.
-        let _ = unsafe { rustix::mm::madvise(base, len, Advice::LinuxHugepage) };
-        let base = NonNull::new(base.cast::<u8>()).ok_or(PoolError::Os {
-            step: "mmap",
-            capacity,
-            source: io::Error::other("mapped at address zero"),
-        })?;
+        let os = |step| move |source: io::Error| PoolError::Os { step, capacity, source };
+        let fd = shared.then(|| sealed_memfd(len)).transpose().map_err(os("memfd_create"))?;
+        let mapped = map(fd.as_ref(), len).map_err(os("mmap"))?;
+        let skip = mapped.0.as_ptr().align_offset(HUGE);
+        // SAFETY: `map` maps `HUGE` bytes more than `len`, and `skip` is less than `HUGE`.
+        let base = unsafe { mapped.0.add(skip) };
         let slots_state =
             Slots { budget: slots, in_use: 0, warm: BTreeSet::new(), cold: (0..slots).collect() };
         Ok(Self {
             inner: Arc::new(Inner {
                 fd,
                 base,
+                mapped,
                 chunk_bytes,
                 capacity: slots,
                 slots: Mutex::new(slots_state),
@@ -285,27 +275,73 @@ impl ChunkPool {
     /// A new read-only descriptor of the pool's memory, for a process that maps chunks. Closed on exec.
     ///
     /// # Errors
-    /// The operating system's, such as no free descriptor or no `/proc`.
+    /// `Unsupported` for a private pool; the operating system's, such as no free descriptor or no `/proc`.
     pub fn read_only_fd(&self) -> io::Result<OwnedFd> {
-        let path = format!("/proc/self/fd/{}", self.inner.fd.as_raw_fd());
+        let Some(fd) = &self.inner.fd else {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the pool is private to this process"));
+        };
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
     }
 
-    /// Memory that the pool takes now, as the operating system counts it.
+    /// Memory that the pool takes now: of a shared pool as the operating system counts it, of a private one the slots
+    /// that have been written to.
     ///
     /// # Errors
     /// The operating system's.
     pub fn resident(&self) -> io::Result<ByteSize> {
-        let blocks = rustix::fs::fstat(&self.inner.fd)?.st_blocks;
+        let Some(fd) = &self.inner.fd else {
+            let slots = self.inner.slots.lock();
+            let chunks = u64::from(slots.in_use) + slots.warm.len() as u64;
+            return Ok(ByteSize(chunks * self.inner.chunk_bytes as u64));
+        };
+        let blocks = rustix::fs::fstat(fd)?.st_blocks;
         Ok(ByteSize(u64::try_from(blocks).unwrap_or(0) * 512))
     }
 }
 
-impl AsFd for ChunkPool {
-    /// The writable descriptor. It survives its process when passed on before that ends.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.fd.as_fd()
+/// A memfd that can be written to by whoever has this descriptor, and never changes its length.
+fn sealed_memfd(len: usize) -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let name = "stoker-pool";
+    // Kernels before 6.3 don't know the flag.
+    let fd = rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
+        .or_else(|_| rustix::fs::memfd_create(name, flags))?;
+    rustix::fs::ftruncate(&fd, len as u64)?;
+    // A reader's mapping must never lose its pages under it (SIGBUS): the file can't shrink any more.
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    // Nobody who is handed the read-only descriptor can open the same memory for writing by accident.
+    rustix::fs::fchmod(&fd, Mode::RUSR)?;
+    Ok(fd)
+}
+
+/// Maps `len` bytes of a file, or of new memory, and `HUGE` bytes of address space more, so that a huge page can begin
+/// where the first slot does. Returns the range that is to be unmapped.
+fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<(NonNull<u8>, usize)> {
+    let total = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+    let (rw, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::NORESERVE);
+    // SAFETY: a new mapping at an address that the kernel chooses; no existing memory is touched.
+    let base =
+        unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), total, rw, flags | MapFlags::PRIVATE) }?;
+    let mapped = NonNull::new(base.cast::<u8>()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
+    let start = mapped.as_ptr().align_offset(HUGE);
+    // SAFETY: within the mapping just made, by its `HUGE` bytes more.
+    let at = unsafe { mapped.add(start) };
+    if let Some(fd) = fd {
+        // SAFETY: replaces pages of the mapping just made, which nobody else knows of.
+        let placed = unsafe {
+            rustix::mm::mmap(at.as_ptr().cast(), len, rw, flags | MapFlags::SHARED | MapFlags::FIXED, fd, 0)
+        };
+        if let Err(errno) = placed {
+            // SAFETY: made above. The only error is a range that isn't mapped.
+            let _ = unsafe { rustix::mm::munmap(base, total) };
+            return Err(errno.into());
+        }
     }
+    // Fewer page faults, and fewer pages to pin; refused where huge pages are switched off, which costs only speed.
+    // SAFETY: the range is mapped; the advice changes no contents.
+    let _ = unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    Ok((mapped, total))
 }
 
 impl fmt::Debug for ChunkPool {
@@ -348,8 +384,15 @@ impl Inner {
     fn punch(&self, slot: u32) -> io::Result<()> {
         // Pinned pages outlive the hole: the device would go on reading them while the pool has others.
         self.unpin(slot).map_err(io::Error::other)?;
+        let Some(fd) = &self.fd else {
+            // SAFETY: the slot is mapped and nobody's; its bytes become zeros, as those of a new slot are.
+            let forgotten = unsafe {
+                rustix::mm::madvise(self.slot_ptr(slot).cast(), self.chunk_bytes, Advice::LinuxDontNeed)
+            };
+            return Ok(forgotten?);
+        };
         Ok(rustix::fs::fallocate(
-            &self.fd,
+            fd,
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
             u64::from(slot) * self.chunk_bytes as u64,
             self.chunk_bytes as u64,
@@ -370,10 +413,9 @@ impl Drop for Inner {
                 tracing::warn!(slot, %error, "a chunk stays pinned until the process ends");
             }
         }
-        let len = self.capacity as usize * self.chunk_bytes;
-        // SAFETY: the mapping was made by `ChunkPool::new` with this length; buffers hold an `Arc` of `self`, so none
-        // is left. The only error is a range that isn't mapped.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), len) };
+        // SAFETY: mapped by `map`; buffers hold an `Arc` of `self`, so none is left. The only error is a range that isn't
+        // mapped.
+        let _ = unsafe { rustix::mm::munmap(self.mapped.0.as_ptr().cast(), self.mapped.1) };
     }
 }
 
@@ -541,6 +583,23 @@ mod tests {
     }
 
     #[test]
+    fn a_private_pool_does_the_same_and_has_no_descriptor() {
+        let pool = ChunkPool::private(ByteSize(4 * CHUNK.bytes()), CHUNK).unwrap();
+        let mut kept = pool.try_take().unwrap();
+        kept.fill(7);
+        let mut other = pool.try_take().unwrap();
+        other.fill(8);
+        drop(other);
+        assert_eq!(pool.resident().unwrap().bytes(), 2 * CHUNK.bytes());
+        assert_eq!(pool.release_free().unwrap(), CHUNK);
+        assert!(kept.iter().all(|b| *b == 7));
+        drop(kept);
+        pool.release_free().unwrap();
+        assert!(pool.try_take().unwrap().iter().all(|b| *b == 0), "forgotten memory is zero");
+        assert_eq!(pool.read_only_fd().unwrap_err().kind(), io::ErrorKind::Unsupported);
+    }
+
+    #[test]
     fn a_lowered_budget_waits_for_slots() {
         let pool = pool(4);
         let a = pool.try_take().unwrap();
@@ -573,7 +632,9 @@ mod tests {
             )
         };
         assert!(writable.is_err());
-        assert!(rustix::fs::ftruncate(&pool, 0).is_err(), "sealed");
+        assert!(rustix::fs::ftruncate(&fd, 0).is_err(), "sealed");
+        let writable = pool.inner.fd.as_ref().unwrap();
+        assert!(rustix::fs::ftruncate(writable, 0).is_err(), "sealed");
     }
 
     /// Remembers what is pinned.

@@ -28,6 +28,8 @@ pub struct StoreConfig {
     pub capacity: ByteSize,
     /// Bytes that may be in use, at first.
     pub budget: ByteSize,
+    /// Whether other processes map the memory ([`Store::pool_fd`]); if not, it gets huge pages on more machines.
+    pub shared: bool,
     /// Bytes of a chunk: [`CHUNK_BYTES`], other values for tests.
     pub chunk: ByteSize,
     /// Threads that read and check.
@@ -72,6 +74,7 @@ impl StoreConfig {
         Self {
             capacity: budget,
             budget,
+            shared: true,
             chunk: ByteSize(CHUNK_BYTES),
             // Measured: one thread reaches this disk's limit, and more don't lose any; four also cover the checksums
             // and the wait between requests on faster disks.
@@ -90,8 +93,9 @@ impl Store {
     /// # Errors
     /// [`OpenError`].
     pub fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        let StoreConfig { capacity, budget, chunk, read_threads, read_mode, opener } = config;
-        let pool = ChunkPool::new(capacity.max(budget), chunk)?;
+        let StoreConfig { capacity, budget, shared, chunk, read_threads, read_mode, opener } = config;
+        let make = if shared { ChunkPool::new } else { ChunkPool::private };
+        let pool = make(capacity.max(budget), chunk)?;
         pool.set_budget(budget);
         let shared = Arc::new(Shared::new(pool, opener, read_mode));
         let work: Arc<dyn Work> = Arc::new(Puller(Arc::clone(&shared)));

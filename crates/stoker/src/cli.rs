@@ -215,11 +215,39 @@ pub(crate) enum BenchCommand {
     Engine(BenchEngineArgs),
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct BenchLoadArgs {
-    /// A model's name, a weight file, or synth:SIZE for a random file made on the spot
+    /// A model's name, a weight file, synth:SIZE for a random file made on the spot, or synth:NAME for random weights
+    /// with the shapes of a known model (synth:llama-2-7b)
     #[arg(long, default_value = "synth:1GiB")]
     pub(crate) model: String,
+    /// Where the bytes start; they end on the GPU, or in memory where there is none
+    #[arg(long, value_enum, default_value_t = BenchTier::Ssd)]
+    pub(crate) tier: BenchTier,
+    /// The GPU by number, `none` to end in memory, or `sim` for a simulated GPU
+    #[arg(long, default_value = "0")]
+    pub(crate) device: BenchDevice,
+    /// GPUs whose links to the host are used, the target's included
+    #[arg(long, default_value_t = 1)]
+    pub(crate) links: u32,
+    /// Memory that the model passes through, such as 1GiB, instead of staying in memory
+    #[arg(long)]
+    pub(crate) ring: Option<ByteSize>,
+    /// Memory as a server has it, which workers map; without it, memory of this process alone
+    #[arg(long)]
+    pub(crate) shared: bool,
+    /// How files are read
+    #[arg(long, value_enum, default_value_t = BenchReader::Auto)]
+    pub(crate) reader: BenchReader,
+    /// Threads that read and check; as many as cores, 4 to 16, when absent
+    #[arg(long)]
+    pub(crate) read_threads: Option<usize>,
+    /// Compare what is on the GPU with the files
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Leave synthetic models where they are, for the next run
+    #[arg(long)]
+    pub(crate) keep_files: bool,
     /// Where synthetic files are made
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
@@ -229,6 +257,62 @@ pub(crate) struct BenchLoadArgs {
     /// Leave the page cache as it is
     #[arg(long)]
     pub(crate) warm: bool,
+}
+
+/// Where a bench's bytes start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum BenchTier {
+    /// Pinned memory
+    Dram,
+    /// Files
+    Ssd,
+}
+
+/// How a bench reads files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchReader {
+    /// As the store chooses
+    Auto,
+    /// Past the page cache
+    Direct,
+    /// Through the page cache
+    Buffered,
+}
+
+/// Where a bench's bytes end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BenchDevice {
+    /// In memory.
+    None,
+    /// On a stand-in that is as fast as memory.
+    Simulated,
+    /// On the GPU of this number, if there is a driver.
+    Gpu(u32),
+}
+
+impl std::str::FromStr for BenchDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "sim" => Ok(Self::Simulated),
+            number => {
+                number.parse().map(Self::Gpu).map_err(|_| format!("`{text}` is no number, `none` or `sim`"))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for BenchDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Simulated => f.write_str("sim"),
+            Self::Gpu(number) => write!(f, "{number}"),
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -10,14 +10,18 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use serde::Serialize;
-use stoker_checkpoint::{Manifest, Trust, identity_of, manifest::CHUNK_BYTES};
+use stoker_checkpoint::{Manifest, Source, Trust, identity_of, index, manifest::CHUNK_BYTES};
+use stoker_device::{CudaDevice, CudaOptions, Device, Link, SimulatedDevice, SimulatedOptions, cuda_devices};
 use stoker_io::{ChunkPool, LocalFiles, MappedFile, RawOptions, ReadMode, drop_page_cache, raw_limit};
 use stoker_store::{CheckpointFiles, Priority, SourceFile, Store, StoreConfig};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
-use super::Spread;
-use crate::{cli::BenchLoadArgs, output::Output};
+use super::{Spread, synth, to_device};
+use crate::{
+    cli::{BenchDevice, BenchLoadArgs, BenchReader},
+    output::Output,
+};
 
 /// Mappings timed; each one maps everything and unmaps it.
 const MAPPINGS: u32 = 20;
@@ -64,6 +68,18 @@ pub(crate) async fn run(
     output: Output,
 ) -> anyhow::Result<()> {
     ensure!(args.runs > 0, "--runs must be at least 1");
+    if let Some(device) = open_device(args.device, args.links)? {
+        return on_device(args, synthetic_dir, named, device, output).await;
+    }
+    let made_model;
+    let mut args = args.clone();
+    if let Some(name) = args.model.strip_prefix("synth:")
+        && synth::is_known(name)
+    {
+        made_model = synth::make(name, args.dir.as_deref().unwrap_or(synthetic_dir), args.keep_files)?;
+        args.model = made_model.dir.display().to_string();
+    }
+    let args = &args;
     let (_made, twins) = files(args, synthetic_dir, named)?;
     let files = &twins[0];
     let bytes = files.bytes();
@@ -177,6 +193,76 @@ pub(crate) async fn run(
     })
 }
 
+/// Where loads end; `None`: in memory, as asked for or because there is no GPU.
+fn open_device(which: BenchDevice, links: u32) -> anyhow::Result<Option<Arc<dyn Device>>> {
+    let ordinal = match which {
+        BenchDevice::None => return Ok(None),
+        BenchDevice::Simulated => {
+            let options = SimulatedOptions { memory: ByteSize::gib(1024), ..SimulatedOptions::default() };
+            return Ok(Some(Arc::new(SimulatedDevice::new(&options)?)));
+        }
+        BenchDevice::Gpu(ordinal) => ordinal,
+    };
+    let devices = match cuda_devices() {
+        Ok(devices) => devices,
+        Err(error) => {
+            tracing::info!(%error, "no GPU: the load ends in memory");
+            return Ok(None);
+        }
+    };
+    let count = devices.len();
+    let device =
+        devices.get(ordinal as usize).with_context(|| format!("no GPU {ordinal}: there are {count}"))?;
+    let linked = device.peers.iter().filter(|peer| peer.link == Link::NvLink).map(|peer| peer.ordinal);
+    let wanted = links.saturating_sub(1) as usize;
+    let helpers: Vec<u32> = linked.take(wanted).collect();
+    ensure!(helpers.len() == wanted, "GPU {ordinal} has NVLink to {} other GPUs only", helpers.len());
+    Ok(Some(Arc::new(CudaDevice::open(ordinal, &CudaOptions { helpers, ..CudaOptions::default() })?)))
+}
+
+async fn on_device(
+    args: &BenchLoadArgs,
+    synthetic_dir: &Path,
+    named: impl FnOnce(&str) -> anyhow::Result<(PathBuf, Arc<Manifest>)>,
+    device: Arc<dyn Device>,
+    output: Output,
+) -> anyhow::Result<()> {
+    let options = to_device::Options {
+        tier: args.tier,
+        runs: args.runs,
+        warm: args.warm,
+        ring: args.ring,
+        threads: args.read_threads,
+        mode: match args.reader {
+            BenchReader::Auto => ReadMode::Auto,
+            BenchReader::Direct => ReadMode::Direct,
+            BenchReader::Buffered => ReadMode::Buffered,
+        },
+        verify: args.verify,
+        shared: args.shared,
+    };
+    let source = || Source { uri: args.model.clone(), revision: None };
+    let _made;
+    let path = Path::new(&args.model);
+    let begun = clock::now();
+    let (dir, manifest, plan) = match args.model.strip_prefix("synth:") {
+        Some(name) => {
+            let made = synth::make(name, args.dir.as_deref().unwrap_or(synthetic_dir), args.keep_files)?;
+            let begun = clock::now();
+            let manifest = Arc::new(index(&made.dir, source())?);
+            let dir = made.dir.clone();
+            _made = made;
+            (dir, manifest, begun.elapsed())
+        }
+        None if path.exists() => (path.to_owned(), Arc::new(index(path, source())?), begun.elapsed()),
+        None => {
+            let (dir, manifest) = named(&args.model)?;
+            (dir, manifest, begun.elapsed())
+        }
+    };
+    to_device::run(&args.model, &dir, &manifest, plan, device, &options, output).await
+}
+
 const fn mode(warm: bool) -> ReadMode {
     if warm { ReadMode::Auto } else { ReadMode::Direct }
 }
@@ -209,7 +295,11 @@ fn files(
     if path.is_file() {
         return Ok((None, plain(&std::path::absolute(path)?)?));
     }
-    let (dir, manifest) = named(&args.model)?;
+    let (dir, manifest) = if path.is_dir() {
+        (path.to_owned(), Arc::new(index(path, Source { uri: args.model.clone(), revision: None })?))
+    } else {
+        named(&args.model)?
+    };
     let [a, b] = names.map(|name| CheckpointFiles::from_manifest(name, &dir, &manifest));
     Ok((None, [a?, b?]))
 }
@@ -236,7 +326,7 @@ fn fill(path: &Path, size: ByteSize) -> std::io::Result<()> {
 }
 
 /// User and system time of this process so far.
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     std::fs::read_to_string("/proc/self/stat")
         .ok()
         .and_then(|s| parse_stat(&s))

@@ -5,6 +5,8 @@
 pub(crate) mod engine;
 pub(crate) mod load;
 pub(crate) mod overhead;
+mod synth;
+mod to_device;
 
 use std::time::Duration;
 
