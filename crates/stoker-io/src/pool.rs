@@ -230,12 +230,15 @@ impl ChunkPool {
         let _ = self.inner.pinner.set(pinner);
     }
 
-    /// Pins one free slot that isn't, so that whoever takes it next needn't. `false` when there is none, or the budget is
-    /// used up. Blocks, about a millisecond.
+    /// Pins one free slot that isn't, so that whoever takes it next needn't. `false` when there is none, the budget is used
+    /// up, or there is no pinner. Blocks, about a millisecond.
     ///
     /// # Errors
     /// The driver's words.
     pub fn pin_free(&self) -> Result<bool, PinError> {
+        if self.inner.pinner.get().is_none() {
+            return Ok(false);
+        }
         let buf = {
             let mut slots = self.inner.slots.lock();
             let unpinned = |slot: &&u32| !*self.inner.pinned[**slot as usize].lock();
@@ -666,6 +669,7 @@ mod tests {
         let pool = pool(4);
         let early = pool.try_take().unwrap();
         early.pin().unwrap();
+        assert_eq!(pool.pin_free(), Ok(false));
         assert_eq!(pool.pinned(), ByteSize::ZERO, "no pinner, nothing to do");
         pool.set_pinner(ledger.clone());
         early.pin().unwrap();
@@ -684,6 +688,20 @@ mod tests {
         assert_eq!(pool.pinned(), CHUNK);
         drop((early, third, pool));
         assert!(ledger.pinned.lock().is_empty());
+    }
+
+    #[test]
+    fn free_slots_are_pinned_ahead_within_the_budget() {
+        let pool = pool(4);
+        let ledger = Arc::new(Ledger::default());
+        pool.set_pinner(ledger.clone());
+        pool.set_budget(ByteSize(3 * CHUNK.bytes()));
+        let taken = pool.try_take().unwrap();
+        let ahead = std::iter::from_fn(|| pool.pin_free().unwrap().then_some(())).take(10).count();
+        assert_eq!((ahead, pool.usage().in_use), (3, 1), "one slot is taken, and memory of three is free");
+        assert!(pool.try_take().unwrap().pin().is_ok());
+        assert_eq!(ledger.pinned.lock().len(), 3);
+        drop(taken);
     }
 
     #[test]
