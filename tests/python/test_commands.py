@@ -171,3 +171,19 @@ def test_help_teaches():
     assert "stoker demo" in done.stdout and "/v1" in done.stdout
     assert json.loads(Server().command("--json", "ls").stdout) == {"models": []}
     assert ROOT.is_dir()
+
+
+def test_devices_lists_them_or_says_why_there_are_none():
+    report = Server("").json("devices")
+    assert report["devices"] or report["none"], report
+    for device in report["devices"]:
+        assert device["uuid"].startswith("GPU-") and device["memory"] > 0, device
+
+
+def test_a_bench_loads_to_a_device_and_compares_every_tensor(tmp_path):
+    asked = ["--model", "synth:opt-125m", "--dir", str(tmp_path), "--device", "sim", "--runs", "1", "--verify"]
+    for more in (["--tier", "dram"], ["--tier", "ssd", "--warm", "--ring", "64MiB"]):
+        report = Server("").json("bench", "load", *asked, *more)
+        assert report["verified_tensors"] == report["tensors"] == 196, report
+        assert 0 < report["percent_of_limit"] and report["load_ms"]["p50"] > 0, report
+    assert list(tmp_path.iterdir()) == [], "synthetic models go"

@@ -1,4 +1,4 @@
-//! On a real GPU. Ignored by default: `scripts/gpu/check` runs them on a machine that has one.
+//! On a real GPU. Ignored by default: `scripts/gpu/load` runs them on a machine that has one.
 
 #![expect(unsafe_code, reason = "pins memory of its own")]
 #![expect(clippy::unwrap_used, reason = "a test")]

@@ -81,6 +81,8 @@ pub(crate) enum Command {
     /// Inspect the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// List the GPUs and how they are connected
+    Devices,
     /// Measure loading, overhead or the engine
     #[command(subcommand)]
     Bench(BenchCommand),

@@ -72,6 +72,7 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
         Command::Verify(args) => return models::verify(&config, &args.model, output).await,
         Command::Convert(args) => models::convert(&config, &args, output)?,
         Command::Config(ConfigCommand::Check) => commands::config::check(&config, output)?,
+        Command::Devices => commands::devices::run(output)?,
         Command::Bench(BenchCommand::Load(args)) => {
             let dir = config.dirs.data.join("bench");
             Box::pin(commands::bench::load::run(&args, &dir, |name| models::find(&config, name), output))

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod config;
 pub(crate) mod demo;
+pub(crate) mod devices;
 pub(crate) mod memory;
 pub(crate) mod models;
 pub(crate) mod serve;
