@@ -87,25 +87,44 @@ impl CheckpointFiles {
     /// # Errors
     /// [`FilesError`] when the manifest contradicts itself.
     pub fn from_manifest(name: ModelName, dir: &Path, manifest: &Manifest) -> Result<Self, FilesError> {
+        Self::in_chunks(name, dir, manifest, CHUNK_BYTES)
+    }
+
+    /// As [`Self::from_manifest`], in chunks of another size. The manifest's sums are of [`CHUNK_BYTES`] each, so none is
+    /// known then.
+    ///
+    /// # Errors
+    /// [`FilesError`].
+    ///
+    /// # Panics
+    /// When `chunk_bytes` is zero.
+    pub fn in_chunks(
+        name: ModelName,
+        dir: &Path,
+        manifest: &Manifest,
+        chunk_bytes: u64,
+    ) -> Result<Self, FilesError> {
+        let known = chunk_bytes == CHUNK_BYTES;
         let files = manifest
             .files
             .iter()
             .map(|file| SourceFile {
                 path: dir.join(&file.path),
                 identity: file.identity,
-                chunk_sums: file.chunk_sums.clone(),
+                chunk_sums: if known { file.chunk_sums.clone() } else { Vec::new() },
             })
             .collect();
         let touched = manifest.tensors.iter().flat_map(|tensor| {
             // Bounded by the file, not by what the tensor says.
             let file = manifest.files.get(tensor.file as usize);
-            let chunks = file.map_or(0, |file| file.identity.len.div_ceil(CHUNK_BYTES));
-            let first = tensor.offset / CHUNK_BYTES;
-            let last = tensor.offset.saturating_add(tensor.len.saturating_sub(1)) / CHUNK_BYTES;
+            let chunks = file.map_or(0, |file| file.identity.len.div_ceil(chunk_bytes));
+            let first = tensor.offset / chunk_bytes;
+            let last = tensor.offset.saturating_add(tensor.len.saturating_sub(1)) / chunk_bytes;
             (first..chunks.min(last.saturating_add(1)))
                 .map_while(|index| Some(ChunkRef { file: tensor.file, index: u32::try_from(index).ok()? }))
         });
-        Self::new(name, files, manifest.trust, CHUNK_BYTES, touched)
+        let trust = if known { manifest.trust } else { Trust::None };
+        Self::new(name, files, trust, chunk_bytes, touched)
     }
 
     /// Files with chunks of `chunk_bytes` (the store's own size). Chunks are wanted in the order of `first`, then those

@@ -241,7 +241,10 @@ pub(crate) struct BenchLoadArgs {
     /// How files are read
     #[arg(long, value_enum, default_value_t = BenchReader::Auto)]
     pub(crate) reader: BenchReader,
-    /// Threads that read and check; as many as cores, 4 to 16, when absent
+    /// Unit of reads, copies and residency
+    #[arg(long, default_value = "16MiB")]
+    pub(crate) chunk: ByteSize,
+    /// Threads that read and check; two fewer than cores, 4 to 16, when absent
     #[arg(long)]
     pub(crate) read_threads: Option<usize>,
     /// Compare what is on the GPU with the files

@@ -240,6 +240,7 @@ async fn on_device(
         },
         verify: args.verify,
         shared: args.shared,
+        chunk: args.chunk,
     };
     let source = || Source { uri: args.model.clone(), revision: None };
     let _made;
