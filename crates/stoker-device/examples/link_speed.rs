@@ -107,30 +107,39 @@ fn main() {
             started.elapsed()
         );
     }
-    copies(&device, address, total, chunk, "one link");
+    copies(&device, address, total, chunk, "one link", &SHAPES);
     let linked: Vec<_> =
         device.info().peers.iter().filter(|peer| peer.link == Link::NvLink).map(|p| p.ordinal).collect();
     drop(device);
     for n in 1..=linked.len() {
-        let options = CudaOptions { helpers: linked[..n].to_vec(), ..CudaOptions::default() };
-        let device = CudaDevice::open(0, &options).unwrap();
-        copies(&device, address, total, chunk, &format!("{} links", n + 1));
+        for (slots, depth) in [(2, 6), (4, 6), (4, 16)] {
+            let options =
+                CudaOptions { helpers: linked[..n].to_vec(), slots, depth, ..CudaOptions::default() };
+            let device = CudaDevice::open(0, &options).unwrap();
+            let name = format!("{} links, {slots} staging slots, {depth} under way", n + 1);
+            copies(&device, address, total, chunk, &name, &[("aligned", 0, 0, chunk)]);
+        }
     }
 }
 
-fn copies(device: &CudaDevice, address: usize, total: usize, chunk: usize, name: &str) {
+const SHAPES: [Shape; 9] = [
+    ("aligned", 0, 0, 16 << 20),
+    ("target at 256", 0, 256, 16 << 20),
+    ("target at 8", 0, 8, 16 << 20),
+    ("source at 8", 8, 0, 16 << 20),
+    ("source at 8, target at 256", 8, 256, 16 << 20),
+    ("source and target at 8", 8, 8, 16 << 20),
+    ("source at 2", 2, 0, 16 << 20),
+    ("cuts of 1 MiB", 0, 0, 1 << 20),
+    ("cuts of 64 KiB", 0, 0, 64 << 10),
+];
+
+/// Name, first byte in the source's chunk, first byte in the target, bytes of a cut.
+type Shape = (&'static str, usize, usize, usize);
+
+fn copies(device: &CudaDevice, address: usize, total: usize, chunk: usize, name: &str, shapes: &[Shape]) {
     let slab = device.allocate(ByteSize(total as u64 + 4096), ByteSize(total as u64 + 4096)).unwrap();
-    for (what, from, to, cut) in [
-        ("aligned", 0, 0, chunk),
-        ("target at 256", 0, 256, chunk),
-        ("target at 8", 0, 8, chunk),
-        ("source at 8", 8, 0, chunk - 8),
-        ("source at 8, target at 256", 8, 256, chunk - 8),
-        ("source and target at 8", 8, 8, chunk - 8),
-        ("source at 2", 2, 0, chunk - 2),
-        ("cuts of 1 MiB", 0, 0, 1 << 20),
-        ("cuts of 64 KiB", 0, 0, 64 << 10),
-    ] {
+    for &(what, from, to, cut) in shapes {
         let mut best = f64::MAX;
         for _ in 0..4 {
             let (sender, done) = mpsc::channel();

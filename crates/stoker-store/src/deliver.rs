@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Copies that are queued on a device at most. More than its links have under way, so that they never run dry.
-const QUEUED: usize = 32;
+const QUEUED: usize = 64;
 
 /// Where on which device a model goes.
 #[derive(Debug, Clone)]

@@ -30,8 +30,12 @@ pub struct CudaOptions {
     /// Other devices of the host that lend their links: bytes go over theirs to them, and on over `NVLink`. Each gives
     /// [`CudaOptions::staging`] bytes of memory for it.
     pub helpers: Vec<u32>,
-    /// Longest copy that a helper takes, bytes. It has two such places.
+    /// Longest copy that a helper takes, bytes.
     pub slot: ByteSize,
+    /// Copies that a helper has room for at a time.
+    pub slots: u32,
+    /// Copies that each link has under way at most: enough to keep it busy while one that has ended is noticed.
+    pub depth: usize,
 }
 
 /// A GPU of this process.
@@ -52,7 +56,7 @@ struct CudaPinner {
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { streams: 2, helpers: Vec::new(), slot: ByteSize::mib(16) }
+        Self { streams: 2, helpers: Vec::new(), slot: ByteSize::mib(16), slots: 2, depth: 6 }
     }
 }
 
@@ -76,7 +80,7 @@ impl CudaDevice {
             links: Vec::new(),
         };
         let own = Way::direct(&device.context, options.streams)?;
-        device.start(&format!("stoker-gpu{ordinal}"), Arc::clone(&device.context), own)?;
+        device.start(&format!("stoker-gpu{ordinal}"), Arc::clone(&device.context), own, options.depth)?;
         for &helper in &options.helpers {
             let reaches = |peer: &info::Peer| peer.ordinal == helper && peer.link != info::Link::None;
             if !device.info.peers.iter().any(reaches) {
@@ -84,9 +88,9 @@ impl CudaDevice {
                 return Err(DeviceError::Unsupported { device: ordinal, what });
             }
             let context = Context::open(helper)?;
-            let way = Way::helper(&context, options.slot, 2)?;
+            let way = Way::helper(&context, options.slot, options.slots)?;
             device.helpers.push(Arc::clone(&context));
-            device.start(&format!("stoker-gpu{ordinal}-by{helper}"), context, way)?;
+            device.start(&format!("stoker-gpu{ordinal}-by{helper}"), context, way, options.depth)?;
         }
         Ok(device)
     }
@@ -106,8 +110,14 @@ impl CudaDevice {
         Ok(self.slab(mapping))
     }
 
-    fn start(&mut self, name: &str, context: Arc<Context>, way: Way) -> Result<(), DeviceError> {
-        self.links.push(Link::start(name, &context, way, Arc::clone(&self.queue))?);
+    fn start(
+        &mut self,
+        name: &str,
+        context: Arc<Context>,
+        way: Way,
+        depth: usize,
+    ) -> Result<(), DeviceError> {
+        self.links.push(Link::start(name, &context, way, depth, Arc::clone(&self.queue))?);
         Ok(())
     }
 

@@ -24,9 +24,6 @@ use crate::{
     slab::Slab,
 };
 
-/// Copies that a link has under way at most. Enough to keep it busy while one that has ended is noticed.
-const DEPTH: usize = 6;
-
 /// A link, with a thread that queues copies on the device and one that waits for their ends.
 pub(crate) struct Link {
     threads: Vec<JoinHandle<()>>,
@@ -66,9 +63,8 @@ struct Flight {
 }
 
 /// Places for copies under way.
-#[derive(Default)]
 struct Places {
-    taken: Mutex<usize>,
+    free: Mutex<usize>,
     left: Condvar,
 }
 
@@ -80,12 +76,14 @@ impl Link {
         name: &str,
         context: &Arc<Context>,
         way: Way,
+        depth: usize,
         queue: Arc<Queue>,
     ) -> Result<Self, DeviceError> {
-        let places = Arc::new(Places::default());
+        let depth = depth.max(1);
+        let places = Arc::new(Places { free: Mutex::new(depth), left: Condvar::new() });
         let (sender, flights) = mpsc::channel();
         let events =
-            (0..DEPTH).map(|_| Event::new(context).map(Arc::new)).collect::<Result<VecDeque<_>, _>>()?;
+            (0..depth).map(|_| Event::new(context).map(Arc::new)).collect::<Result<VecDeque<_>, _>>()?;
         let mut link = Self { threads: Vec::new() };
         let spawn = |name: String, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -302,15 +300,15 @@ fn to_device(stream: &Stream, to: CUdeviceptr, bytes: &[u8]) -> Result<(), Devic
 
 impl Places {
     fn take(&self) {
-        let mut taken = self.taken.lock();
-        while *taken >= DEPTH {
-            self.left.wait(&mut taken);
+        let mut free = self.free.lock();
+        while *free == 0 {
+            self.left.wait(&mut free);
         }
-        *taken += 1;
+        *free -= 1;
     }
 
     fn give_back(&self) {
-        *self.taken.lock() -= 1;
+        *self.free.lock() += 1;
         self.left.notify_one();
     }
 }
