@@ -82,6 +82,8 @@ pub struct ChatInput<'a> {
     pub now: Duration,
     /// The longest text that may come out, bytes.
     pub output_bytes_max: usize,
+    /// Fewer instructions than the budget that a render has otherwise.
+    pub fuel_max: Option<u64>,
 }
 
 /// A compiled chat template. Immutable, shared between threads.
@@ -115,7 +117,6 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(|e| TemplateError::Invalid { message: describe(&e) })?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_fuel(Some(FUEL));
         environment.set_formatter(python::format);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", python::tojson);
@@ -158,8 +159,13 @@ impl ChatTemplate {
             add_generation_prompt => input.add_generation_prompt,
             ..minijinja::Value::from_pairs(variables)
         };
+        let fuel = input.fuel_max.map_or(FUEL, |max| max.min(FUEL));
+        // Shares everything with the original but the budget.
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
         let mut out = Bounded { text: Vec::new(), max: input.output_bytes_max, overflowed: false };
-        let template = self.environment.get_template(NAME).map_err(|e| failure(&e))?;
+        let failure = |error: &Error| failure(error, fuel);
+        let template = environment.get_template(NAME).map_err(|e| failure(&e))?;
         match template.render_captured_to(variables, &mut out) {
             Ok(_) => {}
             Err(_) if out.overflowed => {
@@ -240,9 +246,9 @@ fn without_generation_tags(source: &str) -> String {
 #[error("{0}")]
 struct Raised(String);
 
-fn failure(error: &Error) -> TemplateError {
+fn failure(error: &Error, fuel: u64) -> TemplateError {
     if error.kind() == ErrorKind::OutOfFuel {
-        return TemplateError::BudgetExceeded { fuel: FUEL };
+        return TemplateError::BudgetExceeded { fuel };
     }
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
@@ -290,6 +296,7 @@ mod tests {
             special_tokens: &special,
             now: Duration::from_secs(1_732_200_000),
             output_bytes_max: 1 << 16,
+            fuel_max: None,
         })
     }
 

@@ -66,6 +66,7 @@ fn render(source: &str, tokenizer: &Tokenizer, question: &str) -> String {
         special_tokens: tokenizer.special_tokens(),
         now: Duration::ZERO,
         output_bytes_max: 1 << 20,
+        fuel_max: None,
     };
     template.render(&input).unwrap()
 }

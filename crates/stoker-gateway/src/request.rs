@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use stoker_types::KeepAlive;
 
 pub(crate) use sampling::SamplingFields;
-pub(crate) use valid::ValidGenerateRequest;
+pub(crate) use valid::{Effort, PromptIds, ValidGenerateRequest};
 
 use crate::errors::ApiError;
 

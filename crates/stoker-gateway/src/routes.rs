@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde_json::{Value, json};
+use stoker_checkpoint::text::TextAssets;
 use stoker_types::{ClientId, RequestId, clock};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -25,8 +26,8 @@ use crate::{
     generation::{Delta, Engine, Generation},
     guard::{self, Ends},
     openai::{AnswerHead, EventWriter, WholeChoice, whole_answer},
-    request::{Api, GenerateRequest, ValidGenerateRequest},
-    seams::{ModelCard, Models, Status},
+    request::{Api, Effort, GenerateRequest, PromptIds, ValidGenerateRequest},
+    seams::{ModelCard, Models, ServedModel, Status},
     stream::{EventStream, Starting, StreamSettings},
     telemetry::{Access, ms},
     text::TextCache,
@@ -40,6 +41,10 @@ pub const REQUEST_ID: &str = "x-request-id";
 pub const SEED: &str = "x-stoker-seed";
 /// Request header: how long the request may wait for its start, milliseconds. Lowers the server's limit only.
 pub const DEADLINE_MS: &str = "x-stoker-deadline-ms";
+
+/// A body of at most so many bytes has its prompt rendered and tokenised where it was received: that takes some tens
+/// of microseconds, and a handover to another thread and back takes as long.
+const QUICK_BODY_BYTES_MAX: usize = 4 << 10;
 
 /// Unit of the budget for bodies.
 const KIB: usize = 1 << 10;
@@ -150,10 +155,11 @@ async fn generate(
     let wait_max =
         deadline(&parts.headers)?.map_or(gateway.config.wait_max, |d| d.min(gateway.config.wait_max));
     let show_timeline = parts.headers.get(TIMELINE).is_some_and(|value| value != "0");
-    let parsed = {
+    let (parsed, effort) = {
         // The body is dropped before the request waits for anything else.
         let body = receive(&gateway, &parts.headers, body).await?;
-        GenerateRequest::parse(api, &body)?
+        let effort = if body.len() <= QUICK_BODY_BYTES_MAX { Effort::Quick } else { Effort::Full };
+        (GenerateRequest::parse(api, &body)?, effort)
     };
     let model = gateway.models.get(&parsed.model)?;
     access.set_model(&model.name, parsed.stream.is_some());
@@ -162,14 +168,7 @@ async fn generate(
         gateway.engine.placement.expect(&model.name);
     }
     let assets = gateway.text.get(&model).await?;
-    let valid = {
-        let (model, assets) = (Arc::clone(&model), Arc::clone(&assets));
-        gateway
-            .text
-            .blocking(move || ValidGenerateRequest::new(parsed, &model, &assets))
-            .await
-            .map_err(ApiError::internal)??
-    };
+    let valid = prepare(&gateway, parsed, effort, &model, &assets).await?;
     let seed = valid.sampling.seed;
     let sequences = valid.sequences();
     let options = valid.stream;
@@ -204,6 +203,28 @@ async fn generate(
     };
     response.headers_mut().insert(SEED, number(seed));
     Ok(response)
+}
+
+/// Turns a request into token ids: here when it is little work, else on a thread for blocking work.
+async fn prepare(
+    gateway: &Gateway,
+    mut request: GenerateRequest,
+    effort: Effort,
+    model: &Arc<ServedModel>,
+    assets: &Arc<TextAssets>,
+) -> Result<ValidGenerateRequest, ApiError> {
+    if effort == Effort::Quick
+        && let Some(prompts) = PromptIds::of(&mut request, model, assets, Effort::Quick)?
+    {
+        return ValidGenerateRequest::new(request, prompts, model, assets);
+    }
+    let (model, assets) = (Arc::clone(model), Arc::clone(assets));
+    let work = move || {
+        let prompts = PromptIds::of(&mut request, &model, &assets, Effort::Full)?
+            .ok_or_else(|| ApiError::internal("a prompt was not made with full effort"))?;
+        ValidGenerateRequest::new(request, prompts, &model, &assets)
+    };
+    gateway.text.blocking(work).await.map_err(ApiError::internal)?
 }
 
 struct AnswerOwner {

@@ -213,6 +213,9 @@ pub(crate) enum BenchCommand {
     Load(BenchLoadArgs),
     /// Everything but the engine: gateway, controller, real sockets, an engine that costs nothing
     Overhead(BenchOverheadArgs),
+    /// The server that does nothing, for `bench overhead`
+    #[command(hide = true)]
+    Floor,
     /// Prefill and decode rates of the engine
     Engine(BenchEngineArgs),
 }

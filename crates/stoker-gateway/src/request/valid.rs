@@ -16,6 +16,9 @@ use crate::{config::RENDERED_BYTES_MAX, errors::ApiError, seams::ServedModel, te
 
 /// Random seeds stay below 2^53: every JSON reader keeps such a number whole.
 const SEED_MAX: u64 = 1 << 53;
+/// Instructions of a chat template that a runtime thread may spend, below a millisecond. Two messages through a usual
+/// template take some hundred.
+const QUICK_FUEL: u64 = 10_000;
 
 /// What is to be generated, in the model's terms.
 #[derive(Debug, Clone)]
@@ -36,13 +39,56 @@ pub(crate) struct ValidGenerateRequest {
     prompt_param: &'static str,
 }
 
+/// How much work a prompt may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Little enough for a runtime thread: a handover to another thread costs more than a short prompt.
+    Quick,
+    /// As much as the limits allow, on a thread for blocking work.
+    Full,
+}
+
+/// A request's prompts as token ids.
+#[derive(Debug)]
+pub(crate) struct PromptIds(Vec<Arc<[u32]>>);
+
+// === impl PromptIds ===
+
+impl PromptIds {
+    /// Renders and tokenises the prompts of `request`. Takes time in proportion to them. `None`: more effort than
+    /// [`Effort::Quick`] is needed, and the request is as it was.
+    pub(crate) fn of(
+        request: &mut GenerateRequest,
+        model: &ServedModel,
+        assets: &TextAssets,
+        effort: Effort,
+    ) -> Result<Option<Self>, ApiError> {
+        let tokens_max = request.tokens_max;
+        let ids = match &mut request.prompt {
+            Prompt::Chat(chat) => match chat_ids(chat, model, assets, tokens_max, effort)? {
+                Some(ids) => vec![ids.into()],
+                None => return Ok(None),
+            },
+            Prompt::Texts(texts) => texts
+                .iter()
+                .map(|text| {
+                    refuse_certainly_too_long(text, model, assets, tokens_max, "prompt")?;
+                    encoded(assets.tokenizer.encode(text, true), "prompt").map(Into::into)
+                })
+                .collect::<Result<_, ApiError>>()?,
+            Prompt::Ids(prompts) => std::mem::take(prompts).into_iter().map(Into::into).collect(),
+        };
+        Ok(Some(Self(ids)))
+    }
+}
+
 // === impl ValidGenerateRequest ===
 
 impl ValidGenerateRequest {
-    /// Renders and tokenises the prompts and checks the request against the model. Blocking: time in proportion to
-    /// the prompt.
+    /// Checks the request, whose prompts are `prompts`, against the model.
     pub(crate) fn new(
         request: GenerateRequest,
+        PromptIds(prompts): PromptIds,
         model: &ServedModel,
         assets: &TextAssets,
     ) -> Result<Self, ApiError> {
@@ -66,17 +112,6 @@ impl ValidGenerateRequest {
             ));
         }
         let prompt_param = prompt.param();
-        let prompts = match prompt {
-            Prompt::Chat(chat) => vec![chat_ids(chat, model, assets, tokens_max)?],
-            Prompt::Texts(texts) => texts
-                .iter()
-                .map(|text| {
-                    refuse_certainly_too_long(text, model, assets, tokens_max, "prompt")?;
-                    encoded(assets.tokenizer.encode(text, true), "prompt")
-                })
-                .collect::<Result<_, _>>()?,
-            Prompt::Ids(prompts) => prompts,
-        };
         for ids in &prompts {
             if ids.is_empty() {
                 return Err(ApiError::invalid(prompt_param, format!("`{prompt_param}` has no tokens")));
@@ -98,7 +133,7 @@ impl ValidGenerateRequest {
         stop_ids.dedup();
         let valid = Self {
             api,
-            prompts: prompts.into_iter().map(Into::into).collect(),
+            prompts,
             n,
             stops: StopMatcher::new(&stops).map_err(|e| ApiError::invalid("stop", e.to_string()))?,
             sampling,
@@ -142,12 +177,13 @@ impl ValidGenerateRequest {
 }
 
 fn chat_ids(
-    chat: ChatPrompt,
+    chat: &mut ChatPrompt,
     model: &ServedModel,
     assets: &TextAssets,
     tokens_max: Option<TokensMax>,
-) -> Result<Vec<u32>, ApiError> {
-    let ChatPrompt { mut messages, add_generation_prompt, kwargs } = chat;
+    effort: Effort,
+) -> Result<Option<Vec<u32>>, ApiError> {
+    let ChatPrompt { messages, add_generation_prompt, kwargs } = chat;
     let Some(template) = &assets.template else {
         let why = assets.template_problem.as_ref().map_or_else(
             || format!("`{}` has no chat template; use /v1/completions", model.name),
@@ -155,25 +191,29 @@ fn chat_ids(
         );
         return Err(ApiError::invalid("messages", why));
     };
-    fit_roles(&mut messages, template)?;
-    let rendered = template
-        .render(&ChatInput {
-            messages: &messages,
-            add_generation_prompt,
-            kwargs: &kwargs,
-            special_tokens: assets.tokenizer.special_tokens(),
-            now: clock::wall(),
-            output_bytes_max: RENDERED_BYTES_MAX,
-        })
-        .map_err(|error| {
+    fit_roles(messages, template)?;
+    let rendered = template.render(&ChatInput {
+        messages,
+        add_generation_prompt: *add_generation_prompt,
+        kwargs,
+        special_tokens: assets.tokenizer.special_tokens(),
+        now: clock::wall(),
+        output_bytes_max: RENDERED_BYTES_MAX,
+        fuel_max: (effort == Effort::Quick).then_some(QUICK_FUEL),
+    });
+    let rendered = match rendered {
+        Err(TemplateError::BudgetExceeded { .. }) if effort == Effort::Quick => return Ok(None),
+        Err(error) => {
             let param = match error {
                 TemplateError::ReservedName { .. } => "chat_template_kwargs",
                 _ => "messages",
             };
-            TextError::Prompt { param, detail: error.to_string() }
-        })?;
+            return Err(TextError::Prompt { param, detail: error.to_string() }.into());
+        }
+        Ok(rendered) => rendered,
+    };
     refuse_certainly_too_long(&rendered, model, assets, tokens_max, "messages")?;
-    encoded(assets.tokenizer.encode_chat(&rendered), "messages")
+    encoded(assets.tokenizer.encode_chat(&rendered), "messages").map(Some)
 }
 
 /// Templates ignore what they don't know, silently. What a message says must not get lost so: `developer` is the newer

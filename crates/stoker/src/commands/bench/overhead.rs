@@ -1,26 +1,25 @@
 //! `stoker bench overhead`: what everything but the engine costs. A real server in a process of its own, real sockets,
 //! real workers, whose engine makes every token at once; requests arrive in an open loop (arrivals don't wait for
 //! answers) at a share of the rate at which the server saturates.
+//!
+//! Client and server share the machine, so a part of what is measured is the client's own and the kernel's: the same
+//! client measures, at the same rate, an HTTP server that does nothing ([`floor`]).
 
-use std::{net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
+mod client;
+pub(crate) mod floor;
 
-use anyhow::{Context as _, bail, ensure};
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, client::conn::http1::SendRequest, header};
-use hyper_util::rt::TokioIo;
-use parking_lot::Mutex;
+use std::{net::SocketAddr, process::Stdio, time::Duration};
+
+use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use serde_json::json;
 use tokio::{
-    io::{AsyncBufReadExt as _, BufReader},
-    net::TcpStream,
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     process::{Child, Command},
-    sync::mpsc,
-    task::JoinSet,
     time::Instant,
 };
 
+use self::client::{Connections, Sample};
 use super::Spread;
 use crate::{cli::BenchOverheadArgs, config::Config, output::Output};
 
@@ -28,10 +27,8 @@ use crate::{cli::BenchOverheadArgs, config::Config, output::Output};
 const CLOSED_LOOP_CLIENTS: usize = 16;
 /// How long that takes.
 const SATURATION: Duration = Duration::from_secs(3);
-/// How a stream ends.
-const END: &[u8] = b"data: [DONE]\n\n";
-/// Requests that may be under way before the open loop counts as overrun.
-const IN_FLIGHT_MAX: usize = 2048;
+/// Requests before anything is measured: connections, caches and the worker's pages are there then.
+const WARM_UP: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -42,29 +39,28 @@ struct Report {
     requests: usize,
     first_token_ms: Spread,
     request_ms: Spread,
+    /// The same client, rate and answer, from a server that does nothing.
+    floor_ms: Spread,
+    server_cpu_us_per_request: f64,
+    worker_cpu_us_per_request: f64,
+    client_cpu_us_per_request: f64,
+    floor_cpu_us_per_request: f64,
     server_cpu_us_per_token: f64,
     worker_cpu_us_per_token: f64,
 }
 
-/// A server in a process of its own, killed when dropped.
+/// A process that serves, killed when dropped.
 struct Served {
     child: Child,
     address: SocketAddr,
 }
 
-/// Connections that are not in use.
-#[derive(Clone)]
-struct Connections {
-    address: SocketAddr,
-    idle: Arc<Mutex<Vec<SendRequest<Full<Bytes>>>>>,
-    body: Bytes,
-}
-
-/// One request's times.
+/// CPU time used so far.
 #[derive(Debug, Clone, Copy)]
-struct Sample {
-    first_token: Duration,
-    total: Duration,
+struct Cpu {
+    server: Duration,
+    workers: Duration,
+    client: Duration,
 }
 
 /// Runs the bench with the default model's tokenizer and template.
@@ -72,14 +68,7 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
     ensure!(args.load > 0.0 && args.load <= 1.0, "--load is a share of saturation, above 0 and at most 1");
     ensure!(args.tokens > 0 && args.seconds > 0, "--tokens and --seconds must be at least 1");
     let server = Served::start(config).await?;
-    let body = json!({
-        "model": args.model.as_str(),
-        "messages": [{ "role": "user", "content": "How much does everything else cost?" }],
-        "max_tokens": args.tokens,
-        "temperature": 0,
-        "stream": true,
-    });
-    let measured = measure(&server, args, body).await;
+    let measured = measure(&server, args).await;
     server.stop().await?;
     let report = measured?;
     output.show(&report, |r| {
@@ -87,7 +76,9 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
             "saturation   {:.0} requests/s of {} tokens\n\
              first token  {:.2} ms median, {:.2} ms at the 99th percentile, at {:.0} % of that\n\
              whole        {:.2} ms median, {:.2} ms at the 99th percentile\n\
-             CPU          {:.1} us per token in the server, {:.1} us in the worker's protocol",
+             floor        {:.2} ms median, {:.2} ms at the 99th percentile: a server that does nothing\n\
+             CPU          {:.1} us per token in the server, {:.1} us in the worker's protocol\n\
+             \x20            per request: {:.0} us server, {:.0} us worker, {:.0} us client, {:.0} us floor server",
             r.saturation_requests_per_s,
             r.tokens_per_request,
             r.first_token_ms.p50,
@@ -95,169 +86,67 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
             r.load * 100.0,
             r.request_ms.p50,
             r.request_ms.p99,
+            r.floor_ms.p50,
+            r.floor_ms.p99,
             r.server_cpu_us_per_token,
             r.worker_cpu_us_per_token,
+            r.server_cpu_us_per_request,
+            r.worker_cpu_us_per_request,
+            r.client_cpu_us_per_request,
+            r.floor_cpu_us_per_request,
         )
     })
 }
 
-async fn measure(
-    server: &Served,
-    args: &BenchOverheadArgs,
-    body: serde_json::Value,
-) -> anyhow::Result<Report> {
-    let connections = Connections {
-        address: server.address,
-        idle: Arc::default(),
-        body: serde_json::to_vec(&body)?.into(),
-    };
+async fn measure(server: &Served, args: &BenchOverheadArgs) -> anyhow::Result<Report> {
+    let body = json!({
+        "model": args.model.as_str(),
+        "messages": [{ "role": "user", "content": "How much does everything else cost?" }],
+        "max_tokens": args.tokens,
+        "temperature": 0,
+        "stream": true,
+    });
+    let time = Duration::from_secs(args.seconds);
+    let connections = Connections::new(server.address, &body);
     // The first one starts the model.
     connections.request(Instant::now()).await?;
-
-    let saturation = saturate(&connections).await?;
+    connections.saturate(CLOSED_LOOP_CLIENTS, WARM_UP).await?;
+    let saturation = connections.saturate(CLOSED_LOOP_CLIENTS, SATURATION).await?;
     let rate = saturation * args.load;
     let before = server.cpu()?;
-    let samples = open_loop(&connections, rate, Duration::from_secs(args.seconds)).await?;
-    let after = server.cpu()?;
+    let samples = connections.open_loop(rate, time).await?;
+    let used = server.cpu()?.since(before);
 
-    #[expect(clippy::cast_precision_loss, reason = "a count of requests")]
-    let tokens = samples.len() as f64 * f64::from(args.tokens);
-    let per_token =
-        |before: Duration, after: Duration| after.saturating_sub(before).as_secs_f64() * 1e6 / tokens;
-    let times = |of: fn(&Sample) -> Duration| Spread::ms(&samples.iter().map(of).collect::<Vec<_>>());
+    let floor = Served::floor(&connections.body().await?).await?;
+    let bare = Connections::new(floor.address, &body);
+    bare.saturate(CLOSED_LOOP_CLIENTS, WARM_UP).await?;
+    let before = floor.cpu()?;
+    let floor_samples = bare.open_loop(rate, time).await?;
+    let floor_used = floor.cpu()?.since(before);
+
+    let count = |samples: &[Sample]| u32::try_from(samples.len()).map(f64::from);
+    let (requests, floor_requests) = (count(&samples)?, count(&floor_samples)?);
+    let us = |time: Duration, count: f64| time.as_secs_f64() * 1e6 / count;
+    let times = |samples: &[Sample], of: fn(&Sample) -> Duration| {
+        Spread::ms(&samples.iter().map(of).collect::<Vec<_>>())
+    };
+    let tokens = requests * f64::from(args.tokens);
     Ok(Report {
         tokens_per_request: args.tokens,
         saturation_requests_per_s: saturation,
         load: args.load,
         requests_per_s: rate,
         requests: samples.len(),
-        first_token_ms: times(|s| s.first_token),
-        request_ms: times(|s| s.total),
-        server_cpu_us_per_token: per_token(before.0, after.0),
-        worker_cpu_us_per_token: per_token(before.1, after.1),
+        first_token_ms: times(&samples, |s| s.first_token),
+        request_ms: times(&samples, |s| s.total),
+        floor_ms: times(&floor_samples, |s| s.first_token),
+        server_cpu_us_per_request: us(used.server, requests),
+        worker_cpu_us_per_request: us(used.workers, requests),
+        client_cpu_us_per_request: us(used.client, requests),
+        floor_cpu_us_per_request: us(floor_used.server, floor_requests),
+        server_cpu_us_per_token: us(used.server, tokens),
+        worker_cpu_us_per_token: us(used.workers, tokens),
     })
-}
-
-/// Requests a second when a fixed number of clients asks without pause.
-async fn saturate(connections: &Connections) -> anyhow::Result<f64> {
-    let end = Instant::now() + SATURATION;
-    let mut clients = JoinSet::new();
-    for _ in 0..CLOSED_LOOP_CLIENTS {
-        let connections = connections.clone();
-        clients.spawn(async move {
-            let mut count = 0_u32;
-            while Instant::now() < end {
-                connections.request(Instant::now()).await?;
-                count += 1;
-            }
-            anyhow::Ok(count)
-        });
-    }
-    let mut total = 0;
-    while let Some(count) = clients.join_next().await {
-        total += count??;
-    }
-    Ok(f64::from(total) / SATURATION.as_secs_f64())
-}
-
-/// Requests at `rate` a second with exponential gaps, whatever becomes of them; latency counts from the planned moment.
-async fn open_loop(connections: &Connections, rate: f64, time: Duration) -> anyhow::Result<Vec<Sample>> {
-    let mut random = 0x5eed_u64;
-    let mut gap = move || {
-        // SplitMix64 (Steele, Lea, Flood 2014), then the inverse of the exponential distribution.
-        random = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
-        let uniform = ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64;
-        Duration::from_secs_f64(-(1.0 - uniform).ln() / rate)
-    };
-    // A thread of its own keeps the time: the runtime's timers are a millisecond coarse.
-    let (arrivals, mut arrived) = mpsc::channel(IN_FLIGHT_MAX);
-    let clock = std::thread::spawn(move || {
-        let begun = Instant::now();
-        let mut at = begun + gap();
-        while at < begun + time {
-            std::thread::sleep(at.saturating_duration_since(Instant::now()));
-            if arrivals.try_send(at).is_err() {
-                return false;
-            }
-            at += gap();
-        }
-        true
-    });
-    let mut requests = JoinSet::new();
-    let mut samples = Vec::new();
-    while let Some(planned) = arrived.recv().await {
-        let connections = connections.clone();
-        requests.spawn(async move { connections.request(planned).await });
-        while let Some(done) = requests.try_join_next() {
-            samples.push(done??);
-        }
-        ensure!(requests.len() < IN_FLIGHT_MAX, "the server does not keep up at {rate:.0} requests/s");
-    }
-    while let Some(done) = requests.join_next().await {
-        samples.push(done??);
-    }
-    ensure!(matches!(clock.join(), Ok(true)), "the client does not keep up at {rate:.0} requests/s");
-    ensure!(!samples.is_empty(), "no request was made: --seconds is too short for this rate");
-    Ok(samples)
-}
-
-// === impl Connections ===
-
-impl Connections {
-    async fn request(&self, planned: Instant) -> anyhow::Result<Sample> {
-        let idle = self.idle.lock().pop();
-        let mut sender = match idle {
-            Some(sender) if !sender.is_closed() => sender,
-            _ => self.connect().await?,
-        };
-        sender.ready().await?;
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri("/v1/chat/completions")
-            .header(header::HOST, self.address.to_string())
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(self.body.clone()))?;
-        let mut response = sender.send_request(request).await?;
-        if !response.status().is_success() {
-            let status = response.status();
-            let body = response.into_body().collect().await?.to_bytes();
-            bail!("the server answered {status}: {}", String::from_utf8_lossy(&body));
-        }
-        let mut first_token = None;
-        let mut tail = Vec::new();
-        while let Some(frame) = response.body_mut().frame().await {
-            if let Ok(data) = frame?.into_data() {
-                // The first event carries the role; a token's event carries content.
-                let is_token = || data.windows(11).any(|w| w == b"\"content\":\"");
-                if first_token.is_none() && is_token() {
-                    first_token = Some(planned.elapsed());
-                }
-                // The end may come in pieces.
-                tail.extend_from_slice(&data);
-                tail.drain(..tail.len().saturating_sub(END.len()));
-            }
-        }
-        ensure!(tail == END, "a stream did not end with [DONE]");
-        let total = planned.elapsed();
-        self.idle.lock().push(sender);
-        Ok(Sample { first_token: first_token.context("a stream had no token")?, total })
-    }
-
-    async fn connect(&self) -> anyhow::Result<SendRequest<Full<Bytes>>> {
-        let stream = TcpStream::connect(self.address).await?;
-        stream.set_nodelay(true)?;
-        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
-            }
-        });
-        Ok(sender)
-    }
 }
 
 // === impl Served ===
@@ -279,7 +168,28 @@ impl Served {
         if let Some(file) = &config.file {
             command.arg("--config").arg(file);
         }
-        let mut child = command.spawn().context("starting the server")?;
+        let child = command.spawn().context("starting the server")?;
+        Self::listening(child).await
+    }
+
+    /// A server that answers every request with `body`, and does nothing else.
+    async fn floor(body: &[u8]) -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["bench", "floor"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting the server that does nothing")?;
+        let mut stdin = child.stdin.take().context("the server that does nothing has no input")?;
+        stdin.write_all(body).await?;
+        drop(stdin);
+        Self::listening(child).await
+    }
+
+    /// Waits until the process says where it listens.
+    async fn listening(mut child: Child) -> anyhow::Result<Self> {
         let stdout = child.stdout.take().context("the server has no output")?;
         let mut lines = BufReader::new(stdout).lines();
         let line = lines.next_line().await?.context("the server ended at start; its log says why")?;
@@ -303,8 +213,8 @@ impl Served {
         Ok(())
     }
 
-    /// CPU time of the server and of its workers.
-    fn cpu(&self) -> anyhow::Result<(Duration, Duration)> {
+    /// CPU time of the server, of its workers, and of this process.
+    fn cpu(&self) -> anyhow::Result<Cpu> {
         let server = self.child.id().context("the server has ended")?;
         let mut workers = Duration::ZERO;
         for entry in std::fs::read_dir("/proc")?.flatten() {
@@ -314,8 +224,20 @@ impl Served {
                 workers += time;
             }
         }
-        let own = process(server).context("the server has ended")?.1;
-        Ok((own, workers))
+        let time = |pid| process(pid).map(|(_, time)| time).context("the server has ended");
+        Ok(Cpu { server: time(server)?, workers, client: time(std::process::id())? })
+    }
+}
+
+// === impl Cpu ===
+
+impl Cpu {
+    fn since(self, before: Self) -> Self {
+        Self {
+            server: self.server.saturating_sub(before.server),
+            workers: self.workers.saturating_sub(before.workers),
+            client: self.client.saturating_sub(before.client),
+        }
     }
 }
 
