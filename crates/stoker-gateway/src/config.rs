@@ -14,6 +14,9 @@ pub const SEQUENCES_MAX: u32 = 64;
 pub const STOPS_MAX: usize = 16;
 /// Longest stop string, bytes.
 pub const STOP_BYTES_MAX: usize = 1024;
+/// Bytes of all stop strings together. Every byte of an answer is compared with each of them, and each sequence of a
+/// request has a table of their length.
+pub const STOPS_BYTES_MAX: usize = 4096;
 /// Most entries of `logit_bias`.
 pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives with a token's log probability.

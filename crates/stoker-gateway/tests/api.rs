@@ -306,6 +306,8 @@ async fn what_is_wrong_with_a_request_is_named() {
         (json!({ "stop": "" }), "stop"),
         (json!({ "stop": vec!["a"; 17] }), "stop"),
         (json!({ "stop": 5 }), "stop"),
+        (json!({ "stop": "a".repeat(1025) }), "stop"),
+        (json!({ "stop": vec!["a".repeat(1000); 5] }), "stop"),
         (json!({ "stream": "yes" }), "stream"),
         (json!({ "stream_options": { "include_usage": true } }), "stream_options"),
         (json!({ "stream": true, "stream_options": { "fast": true } }), "stream_options.fast"),

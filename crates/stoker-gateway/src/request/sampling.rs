@@ -12,7 +12,7 @@ use super::{
     fields::{Fields, Kind, array, float, kind, string},
 };
 use crate::{
-    config::{CHOICES_MAX, LOGIT_BIAS_MAX, STOP_BYTES_MAX, STOPS_MAX},
+    config::{CHOICES_MAX, LOGIT_BIAS_MAX, STOP_BYTES_MAX, STOPS_BYTES_MAX, STOPS_MAX},
     errors::ApiError,
 };
 
@@ -183,6 +183,13 @@ fn stops(fields: &mut Fields<'_>) -> Result<Vec<String>, ApiError> {
             ));
         }
     }
+    let sum: usize = stops.iter().map(String::len).sum();
+    if sum > STOPS_BYTES_MAX {
+        return Err(ApiError::invalid(
+            "stop",
+            format!("the stop strings have {sum} bytes together, at most {STOPS_BYTES_MAX} are possible"),
+        ));
+    }
     Ok(stops)
 }
 
@@ -227,4 +234,23 @@ fn stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
 
 fn keep_alive(fields: &mut Fields<'_>) -> Result<Option<KeepAlive>, ApiError> {
     fields.typed("keep_alive", "a duration such as \"10m\", a number of seconds, 0 or -1")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn stop_strings_are_bounded_together() {
+        let take = |given: serde_json::Value| {
+            let body = json!({ "stop": given }).to_string();
+            let mut fields = Fields::of_body(body.as_bytes()).map_err(|e| e.message)?;
+            stops(&mut fields).map(|stops| stops.len()).map_err(|e| e.message)
+        };
+        assert_eq!(take(json!(vec!["a".repeat(1024); 4])), Ok(4));
+        let words = take(json!(vec!["a".repeat(1000); 5])).unwrap_err();
+        assert_eq!(words, "the stop strings have 5000 bytes together, at most 4096 are possible");
+    }
 }
