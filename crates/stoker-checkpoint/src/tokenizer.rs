@@ -7,8 +7,12 @@
 //! Special tokens that stand in the text are recognised, whoever wrote them, as transformers does: a rendered chat
 //! template depends on it. Whoever must keep a user from writing control tokens has to do so before rendering.
 
+mod byte_level;
+mod definition;
 mod from_gguf;
+mod names;
 mod pieces;
+mod split;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -18,6 +22,11 @@ use tokenizers::AddedToken;
 pub use from_gguf::{PRE_TOKENIZERS, from_gguf};
 pub use pieces::Pieces;
 
+use self::{
+    byte_level::ByteLevel,
+    definition::{Around, Definition},
+    pieces::{SelfToken, Style},
+};
 use crate::{error::shown, text::TextError};
 
 /// No vocabulary has so many tokens (the largest have 262,144).
@@ -30,7 +39,7 @@ const SPECIAL_NAMES: &[&str] =
 /// A model's tokenizer. Immutable, shared between threads; all calls are synchronous and take time in proportion to
 /// the text (about 1 s for 4 MiB), so that async callers use a blocking thread for long texts.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    encoder: Encoder,
     pieces: Arc<Pieces>,
     /// Texts of the named special tokens (`bos_token`, ...).
     special: BTreeMap<String, String>,
@@ -39,6 +48,13 @@ pub struct Tokenizer {
     /// Ids put before and after a text by `add_special`.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
+}
+
+/// Who turns text into ids.
+enum Encoder {
+    ByteLevel(Box<ByteLevel>),
+    /// For every other kind.
+    Library(Box<tokenizers::Tokenizer>),
 }
 
 // === impl Tokenizer ===
@@ -54,8 +70,6 @@ impl Tokenizer {
         config: &Map<String, Value>,
         special_map: &Map<String, Value>,
     ) -> Result<Self, TextError> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(TextError::bad_tokenizer)?;
-        add_configured_tokens(&mut inner, config)?;
         let mut special = BTreeMap::new();
         for &name in SPECIAL_NAMES {
             let text = |map: &Map<String, Value>| match map.get(name)? {
@@ -67,10 +81,34 @@ impl Tokenizer {
                 special.insert(name.to_owned(), text);
             }
         }
-        Self::new(inner, special, AddSpecial::from_config(config))
+        let configured = configured_tokens(config)?;
+        let add = AddSpecial::from_config(config);
+        if let Some(mut definition) = Definition::of_json(json)
+            && add_to_definition(&mut definition, &configured)?.is_some()
+        {
+            return Self::byte_level(definition, special, add);
+        }
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(TextError::bad_tokenizer)?;
+        add_to_library(&mut inner, configured)?;
+        Self::of_library(inner, special, add)
     }
 
-    fn new(
+    fn byte_level(
+        definition: Definition<'_>,
+        special: BTreeMap<String, String>,
+        add: AddSpecial,
+    ) -> Result<Self, TextError> {
+        let around = definition
+            .around()
+            .ok_or_else(|| TextError::bad_tokenizer("its post-processor does more than to add tokens"))?;
+        let encoder = ByteLevel::new(definition)?;
+        let added = encoder.added().iter();
+        let added = added.map(|t| (t.id, SelfToken { content: &t.content, special: t.special })).collect();
+        let pieces = Pieces::new(encoder.names().iter(), &added, &Style::byte_level())?;
+        Ok(Self::new(Encoder::ByteLevel(encoder.into()), pieces, special, add, around))
+    }
+
+    fn of_library(
         mut inner: tokenizers::Tokenizer,
         special: BTreeMap<String, String>,
         add: AddSpecial,
@@ -78,17 +116,27 @@ impl Tokenizer {
         // A file may carry the settings of its training: a prompt is never cut or padded silently.
         inner.with_truncation(None).map_err(TextError::bad_tokenizer)?;
         inner.with_padding(None);
-        let pieces = Arc::new(Pieces::new(&inner)?);
-        let id = |name: &str| special.get(name).and_then(|text| inner.token_to_id(text));
+        let pieces = pieces_of_library(&inner)?;
+        let around = post_processor_ids(&inner)?;
+        Ok(Self::new(Encoder::Library(inner.into()), pieces, special, add, around))
+    }
+
+    fn new(
+        encoder: Encoder,
+        pieces: Pieces,
+        special: BTreeMap<String, String>,
+        add: AddSpecial,
+        (mut prefix, mut suffix): Around,
+    ) -> Self {
+        let id = |name: &str| special.get(name).and_then(|text| encoder.id(text));
         let (bos, eos) = (id("bos_token"), id("eos_token"));
-        let (mut prefix, mut suffix) = post_processor_ids(&inner)?;
         if let Some(add_bos) = add.bos {
             prefix = bos.filter(|_| add_bos).into_iter().collect();
         }
         if let Some(add_eos) = add.eos {
             suffix = eos.filter(|_| add_eos).into_iter().collect();
         }
-        Ok(Self { inner, pieces, special, bos, eos, prefix, suffix })
+        Self { encoder, pieces: Arc::new(pieces), special, bos, eos, prefix, suffix }
     }
 
     /// The ids of a text. `add_special` puts what the model expects around a text (usually only the beginning-of-text
@@ -97,14 +145,14 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Encode`] when the tokenizer has no token for a part of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let problem = |e: tokenizers::Error| TextError::Encode { problem: shown(&e.to_string()) };
-        let encoding = self.inner.encode_fast(text, false).map_err(problem)?;
-        let ids = encoding.get_ids();
-        if !add_special {
-            return Ok(ids.to_vec());
+        let mut ids = self.encoder.encode(text)?;
+        if add_special {
+            if !ids.starts_with(&self.prefix) {
+                ids.splice(0..0, self.prefix.iter().copied());
+            }
+            ids.extend_from_slice(&self.suffix);
         }
-        let prefix = if ids.starts_with(&self.prefix) { &[][..] } else { &self.prefix };
-        Ok([prefix, ids, &self.suffix].concat())
+        Ok(ids)
     }
 
     /// The ids of a rendered chat template: the beginning-of-text token exactly once if the model wants it, whether or
@@ -157,7 +205,7 @@ impl Tokenizer {
     /// The id of a token by its name in the vocabulary.
     #[must_use]
     pub fn token_id(&self, name: &str) -> Option<u32> {
-        self.inner.token_to_id(name)
+        self.encoder.id(name)
     }
 
     /// Whether the token is a control token, which is no part of the text.
@@ -196,7 +244,12 @@ impl Tokenizer {
     /// # Errors
     /// When the library can't write it.
     pub fn to_tokenizer_json(&self) -> Result<String, TextError> {
-        self.inner.to_string(true).map_err(TextError::bad_tokenizer)
+        match &self.encoder {
+            Encoder::ByteLevel(encoder) => {
+                serde_json::to_string_pretty(&encoder.to_json()).map_err(TextError::bad_tokenizer)
+            }
+            Encoder::Library(inner) => inner.to_string(true).map_err(TextError::bad_tokenizer),
+        }
     }
 
     /// A `tokenizer_config.json` that makes transformers give the same ids together with
@@ -219,7 +272,40 @@ impl Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).finish_non_exhaustive()
+        let kind = match &self.encoder {
+            Encoder::ByteLevel(_) => "byte-level",
+            Encoder::Library(_) => "library",
+        };
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("encoder", &kind)
+            .finish_non_exhaustive()
+    }
+}
+
+// === impl Encoder ===
+
+impl Encoder {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        match self {
+            Self::ByteLevel(encoder) => {
+                // Most tokens have three bytes or more.
+                let mut ids = Vec::with_capacity(text.len() / 3 + 4);
+                encoder.encode(text, &mut ids);
+                Ok(ids)
+            }
+            Self::Library(inner) => {
+                let problem = |e: tokenizers::Error| TextError::Encode { problem: shown(&e.to_string()) };
+                Ok(inner.encode_fast(text, false).map_err(problem)?.get_ids().to_vec())
+            }
+        }
+    }
+
+    fn id(&self, name: &str) -> Option<u32> {
+        match self {
+            Self::ByteLevel(encoder) => encoder.id(name),
+            Self::Library(inner) => inner.token_to_id(name),
+        }
     }
 }
 
@@ -247,7 +333,7 @@ impl AddSpecial {
 }
 
 /// What the post-processor puts before and after a text.
-fn post_processor_ids(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), TextError> {
+fn post_processor_ids(inner: &tokenizers::Tokenizer) -> Result<Around, TextError> {
     if inner.get_post_processor().is_none() {
         return Ok((Vec::new(), Vec::new()));
     }
@@ -263,38 +349,89 @@ fn post_processor_ids(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u3
     Ok((full[..at].to_vec(), full[at + plain.len()..].to_vec()))
 }
 
-/// Adds the tokens that only `tokenizer_config.json` knows, as transformers does.
-fn add_configured_tokens(
-    inner: &mut tokenizers::Tokenizer,
-    config: &Map<String, Value>,
-) -> Result<(), TextError> {
-    let Some(Value::Object(listed)) = config.get("added_tokens_decoder") else { return Ok(()) };
-    let known = inner.get_added_tokens_decoder();
-    let mut missing = BTreeMap::new();
-    for (id, token) in listed {
-        let bad = || TextError::bad_tokenizer(format!("added_tokens_decoder has a bad entry `{id}`"));
+/// The bytes of the library's tokens.
+fn pieces_of_library(inner: &tokenizers::Tokenizer) -> Result<Pieces, TextError> {
+    let decoder = inner.get_decoder().map(serde_json::to_value).transpose();
+    let style = Style::of(&decoder.map_err(TextError::bad_tokenizer)?.unwrap_or_default())?;
+    let vocabulary = inner.get_vocab(true);
+    let last = vocabulary.values().copied().max();
+    if let Some(last) = last.filter(|last| *last >= VOCABULARY_MAX) {
+        let problem = format!("absurd token id {last}, at most {VOCABULARY_MAX} are possible");
+        return Err(TextError::bad_tokenizer(problem));
+    }
+    let mut names = vec![""; last.map_or(0, |last| last as usize + 1)];
+    for (name, &id) in &vocabulary {
+        names[id as usize] = name;
+    }
+    let added = inner.get_added_tokens_decoder();
+    let added = added.iter().map(|(id, t)| (*id, SelfToken { content: &t.content, special: t.special }));
+    Pieces::new(names.into_iter(), &added.collect(), &style)
+}
+
+/// The tokens that `tokenizer_config.json` lists, by id.
+fn configured_tokens(config: &Map<String, Value>) -> Result<BTreeMap<u32, AddedToken>, TextError> {
+    let Some(Value::Object(listed)) = config.get("added_tokens_decoder") else {
+        return Ok(BTreeMap::new());
+    };
+    let one = |(id, token): (&String, &Value)| {
+        let bad =
+            || TextError::bad_tokenizer(format!("added_tokens_decoder has a bad entry `{}`", shown(id)));
         let number: u32 = id.parse().map_err(|_| bad())?;
         let text = token.get("content").and_then(Value::as_str).ok_or_else(bad)?;
-        if known.get(&number).is_some_and(|t| t.content == text) {
-            continue;
-        }
         let flag = |key: &str| token.get(key).and_then(Value::as_bool).unwrap_or(false);
         let token = AddedToken::from(text, flag("special"))
             .single_word(flag("single_word"))
             .lstrip(flag("lstrip"))
             .rstrip(flag("rstrip"))
             .normalized(flag("normalized"));
-        missing.insert(number, token);
+        Ok((number, token))
+    };
+    listed.iter().map(one).collect()
+}
+
+/// Adds the tokens that only `tokenizer_config.json` knows, as transformers does. `None`: the library must.
+fn add_to_definition(
+    definition: &mut Definition<'_>,
+    configured: &BTreeMap<u32, AddedToken>,
+) -> Result<Option<()>, TextError> {
+    let known =
+        |id: u32, t: &AddedToken| definition.added.iter().any(|a| a.id == id && a.content == t.content);
+    let missing: Vec<_> = configured.iter().filter(|(id, token)| !known(**id, token)).collect();
+    for (&id, token) in missing {
+        if token.single_word || token.lstrip || token.rstrip {
+            return Ok(None);
+        }
+        if definition.add(token.content.clone(), token.special, token.normalized).is_none() {
+            return Ok(None);
+        }
+        if !definition.added.iter().any(|a| a.id == id && a.content == token.content) {
+            return Err(contradiction(&token.content, id));
+        }
     }
-    for (id, token) in missing {
+    Ok(Some(()))
+}
+
+fn add_to_library(
+    inner: &mut tokenizers::Tokenizer,
+    configured: BTreeMap<u32, AddedToken>,
+) -> Result<(), TextError> {
+    let known = inner.get_added_tokens_decoder();
+    for (id, token) in configured {
+        if known.get(&id).is_some_and(|t| t.content == token.content) {
+            continue;
+        }
         let text = token.content.clone();
         inner.add_tokens([token]).map_err(TextError::bad_tokenizer)?;
         if inner.token_to_id(&text) != Some(id) {
-            let text = shown(&text);
-            let problem =
-                format!("tokenizer_config.json gives `{text}` the id {id}, tokenizer.json does not");
-            return Err(TextError::bad_tokenizer(problem));
+            return Err(contradiction(&text, id));
         }
     }
     Ok(())
+}
+
+fn contradiction(text: &str, id: u32) -> TextError {
+    let text = shown(text);
+    TextError::bad_tokenizer(format!(
+        "tokenizer_config.json gives `{text}` the id {id}, tokenizer.json does not"
+    ))
 }

@@ -109,6 +109,68 @@ fn long_and_monotonous_texts_are_tokenised_whole() {
     }
 }
 
+/// A `tokenizer.json` changed by `change`, read by us and by the library.
+fn both(json: &str, change: impl FnOnce(&mut Value)) -> (Tokenizer, tokenizers::Tokenizer) {
+    let mut json: Value = serde_json::from_str(json).unwrap();
+    change(&mut json);
+    let json = json.to_string();
+    let ours = Tokenizer::from_json(json.as_bytes(), &Map::new(), &Map::new()).unwrap();
+    assert!(format!("{ours:?}").contains("byte-level"), "{ours:?}");
+    (ours, tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap())
+}
+
+/// Byte-level tokenizers of every kind that is done without the library.
+fn byte_level_kinds(json: &str) -> Vec<(Tokenizer, tokenizers::Tokenizer)> {
+    const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let byte_level = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+    vec![
+        both(json, |_| {}),
+        both(json, |json| json["pre_tokenizer"] = byte_level(true)),
+        both(json, |json| {
+            // Whole words of the vocabulary, other than those that merging makes.
+            json["model"]["ignore_merges"] = true.into();
+            json["pre_tokenizer"] =
+                json!({"type": "Sequence", "pretokenizers": [split(LLAMA3), byte_level(false)]});
+        }),
+        both(json, |json| {
+            json["normalizer"] = json!({"type": "NFC"});
+            let steps = [split(r"[\p{P}\$\+<=>\^~\|]+"), split(r"\p{N}+"), byte_level(true)];
+            json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": steps});
+            let added = json["added_tokens"].as_array_mut().unwrap();
+            for (content, normalized) in [("<a>", true), ("<a><b>", true), ("b>", false), ("é", false)] {
+                added.push(json!({
+                    "id": 1 << 20, "content": content, "normalized": normalized, "special": false,
+                    "single_word": false, "lstrip": false, "rstrip": false,
+                }));
+            }
+            let digits = json!({"type": "Digits", "individual_digits": true});
+            json["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap().insert(0, digits);
+        }),
+    ]
+}
+
+fn same_ids((ours, library): &(Tokenizer, tokenizers::Tokenizer), text: &str) {
+    let expected = library.encode_fast(text, false).unwrap();
+    assert_eq!(ours.encode(text, false).unwrap(), expected.get_ids(), "{text:?} {ours:?}");
+}
+
+#[test]
+fn smollm2_ids_equal_the_librarys() {
+    let Some(header) = smollm2() else { return };
+    let json = tokenizer::from_gguf(&header).unwrap().to_tokenizer_json().unwrap();
+    let kinds = byte_level_kinds(&json);
+    let source = include_str!("text_reference.rs");
+    let long_word = "incomprehensibilities".repeat(40);
+    for kind in &kinds {
+        for text in
+            [source, &*long_word, "", " ", "naïve café 😀 漢字 e\u{301}", "<|im_start|>user\nhi<|im_end|>"]
+        {
+            same_ids(kind, text);
+        }
+    }
+}
+
 #[test]
 fn text_survives_ids_and_back() {
     let tokenizer = tiny();
@@ -130,6 +192,26 @@ fn ids_outside_of_the_vocabulary_give_nothing() {
 }
 
 proptest! {
+    #[test]
+    fn byte_level_ids_equal_the_librarys(
+        parts in prop::collection::vec(
+            prop::sample::select(vec![
+                "a", "b", "e", "the", " the", "ing", "hello", "'s", "'LL", " ", "  ", "\n", "\r\n", "\t", "7", "2024",
+                "é", "e\u{301}", "漢字", "😀", "\u{a0}", ".", "...", "<", "<a>", "<b>", "<|im_start|>", "<|im_end|>", "|>",
+                "\0", "_", "ſ", "½", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+            ]),
+            0..24,
+        ),
+    ) {
+        static KINDS: std::sync::OnceLock<Vec<(Tokenizer, tokenizers::Tokenizer)>> = std::sync::OnceLock::new();
+        let kinds = KINDS.get_or_init(|| {
+            byte_level_kinds(&std::fs::read_to_string(data("tiny-llama/tokenizer.json")).unwrap())
+        });
+        for kind in kinds {
+            same_ids(kind, &parts.concat());
+        }
+    }
+
     #[test]
     fn a_stream_of_any_ids_equals_decoding_them_at_once(
         ids in prop::collection::vec(0_u32..600, 0..60), skip in any::<bool>(),

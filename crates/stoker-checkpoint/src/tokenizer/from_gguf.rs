@@ -8,7 +8,12 @@ use std::collections::{BTreeMap, HashMap};
 use serde_json::{Value, json};
 use tokenizers::{AddedToken, models::bpe::BPE};
 
-use super::{AddSpecial, Tokenizer, VOCABULARY_MAX};
+use super::{
+    AddSpecial, Tokenizer, VOCABULARY_MAX,
+    definition::Definition,
+    names::{Names, Taken},
+    split::{GPT2, LLAMA3, QWEN2},
+};
 use crate::{error::shown, gguf::Header, text::TextError};
 
 /// Every known value of `tokenizer.ggml.pre`.
@@ -39,9 +44,6 @@ pub const PRE_TOKENIZERS: &[&str] = &[
 /// Longer pieces have no real model; the table of merges takes time in the square of a piece's length.
 const PIECE_BYTES_MAX: usize = 1024;
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What a value of `tokenizer.ggml.pre` means. Each pattern splits what those before it left, matches and rests alike.
@@ -70,7 +72,7 @@ enum Kind {
 struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
     kinds: Vec<Kind>,
-    ids: HashMap<&'a str, u32>,
+    ids: Names,
 }
 
 /// Builds the tokenizer that a GGUF file's metadata describes.
@@ -81,78 +83,51 @@ struct Vocabulary<'a> {
 pub fn from_gguf(header: &Header) -> Result<Tokenizer, TextError> {
     let kind = required_str(header, "tokenizer.ggml.model")?;
     let vocabulary = Vocabulary::read(header)?;
-    let (mut inner, add_bos) = match kind {
-        "gpt2" => byte_level(header, &vocabulary)?,
-        "llama" => sentence_piece(header, &vocabulary)?,
-        _ => return Err(TextError::UnsupportedModel { kind: shown(kind) }),
-    };
-    let added = vocabulary.tokens.iter().zip(&vocabulary.kinds).filter_map(|(&token, kind)| match kind {
-        Kind::Control | Kind::Unknown => Some(AddedToken::from(token, true).normalized(false)),
-        Kind::UserDefined => Some(AddedToken::from(token, false).normalized(false)),
-        Kind::Normal | Kind::Unused | Kind::Byte => None,
-    });
-    inner.add_tokens(added).map_err(TextError::bad_tokenizer)?;
-
-    let mut special = BTreeMap::new();
-    let default = |id| (kind == "llama").then_some(id);
-    for (name, key, default) in [
-        ("bos_token", "tokenizer.ggml.bos_token_id", default(1)),
-        ("eos_token", "tokenizer.ggml.eos_token_id", default(2)),
-        ("unk_token", "tokenizer.ggml.unknown_token_id", default(0)),
-        ("pad_token", "tokenizer.ggml.padding_token_id", None),
-    ] {
-        // An id outside of the vocabulary means that there is none: llama.cpp reads it so, and files with -1 exist.
-        let token = header.u32(key).or(default).and_then(|id| vocabulary.tokens.get(id as usize));
-        if let Some(token) = token {
-            special.insert(name.to_owned(), (*token).to_owned());
-        }
+    match kind {
+        "gpt2" => byte_level(header, vocabulary),
+        "llama" => sentence_piece(header, &vocabulary),
+        _ => Err(TextError::UnsupportedModel { kind: shown(kind) }),
     }
-    let flag = |key: &str| header.get(key).and_then(crate::gguf::Value::as_bool);
-    let add_bos = flag("tokenizer.ggml.add_bos_token").unwrap_or(add_bos);
-    let add_eos = flag("tokenizer.ggml.add_eos_token").unwrap_or(false);
-    let around = |name: &str, wanted: bool| {
-        let token = special.get(name).filter(|_| wanted)?;
-        Some((token.as_str(), *vocabulary.ids.get(token.as_str())?))
-    };
-    let around = (around("bos_token", add_bos), around("eos_token", add_eos));
-    if around != (None, None) {
-        inner.with_post_processor(Some(wrap::<tokenizers::PostProcessorWrapper>(template(
-            around.0, around.1,
-        ))?));
-    }
-    Tokenizer::new(inner, special, AddSpecial::default())
 }
 
 /// `gpt2`: byte-level BPE.
-fn byte_level(
-    header: &Header,
-    vocabulary: &Vocabulary<'_>,
-) -> Result<(tokenizers::Tokenizer, bool), TextError> {
+fn byte_level(header: &Header, vocabulary: Vocabulary<'_>) -> Result<Tokenizer, TextError> {
     let name = header.str("tokenizer.ggml.pre").unwrap_or("default");
     let pre = Pre::named(name).ok_or_else(|| TextError::UnknownPreTokenizer { pre: shown(name) })?;
     let merges = merges(header)?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-    let model = BPE::builder()
-        .vocab_and_merges(vocabulary.map(), merges)
-        .ignore_merges(pre.ignore_merges)
-        .build()
-        .map_err(TextError::bad_tokenizer)?;
-    let mut inner = tokenizers::Tokenizer::new(model);
-    if pre.nfc {
-        let nfc = wrap::<tokenizers::NormalizerWrapper>(json!({"type": "NFC"}))?;
-        inner.with_normalizer(Some(nfc)).map_err(TextError::bad_tokenizer)?;
+    let special = vocabulary.special(header, [None; 4]);
+    let post_processor = vocabulary.post_processor(header, &special, pre.add_bos);
+    let Vocabulary { tokens, kinds, ids } = vocabulary;
+    let mut definition = Definition {
+        names: ids,
+        merges: merges.into_iter().map(|(left, right)| (left.into(), right.into())).collect(),
+        ignore_merges: pre.ignore_merges,
+        compose: pre.nfc,
+        patterns: pre.patterns.iter().map(|&pattern| pattern.to_owned()).collect(),
+        added: Vec::new(),
+        post_processor,
+    };
+    for (token, special) in added(&tokens, &kinds) {
+        definition
+            .add(token.to_owned(), special, false)
+            .ok_or_else(|| TextError::bad_tokenizer("an added token can't be found in normalised text"))?;
     }
-    inner.with_pre_tokenizer(Some(wrap::<tokenizers::PreTokenizerWrapper>(pre.json())?));
-    inner.with_decoder(Some(wrap::<tokenizers::DecoderWrapper>(byte_level_json(true))?));
-    Ok((inner, pre.add_bos))
+    Tokenizer::byte_level(definition, special, AddSpecial::default())
+}
+
+/// The tokens that are found in the text as a whole, and whether they are special.
+fn added<'a>(tokens: &[&'a str], kinds: &[Kind]) -> impl Iterator<Item = (&'a str, bool)> {
+    tokens.iter().zip(kinds).filter_map(|(&token, kind)| match kind {
+        Kind::Control | Kind::Unknown => Some((token, true)),
+        Kind::UserDefined => Some((token, false)),
+        Kind::Normal | Kind::Unused | Kind::Byte => None,
+    })
 }
 
 /// `llama`: SentencePiece BPE. The piece with the highest score is merged first; ranks of merges say the same.
-fn sentence_piece(
-    header: &Header,
-    vocabulary: &Vocabulary<'_>,
-) -> Result<(tokenizers::Tokenizer, bool), TextError> {
+fn sentence_piece(header: &Header, vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, TextError> {
     let merges = match merges(header)? {
-        Some(merges) => merges,
+        Some(merges) => merges.into_iter().map(|(left, right)| (left.to_owned(), right.to_owned())).collect(),
         None => vocabulary.merges_by_score(header)?,
     };
     let unknown = header.u32("tokenizer.ggml.unknown_token_id").unwrap_or(0);
@@ -181,23 +156,33 @@ fn sentence_piece(
     let normalizer = wrap::<tokenizers::NormalizerWrapper>(normalizer)?;
     inner.with_normalizer(Some(normalizer)).map_err(TextError::bad_tokenizer)?;
     inner.with_decoder(Some(wrap::<tokenizers::DecoderWrapper>(decoder)?));
-    Ok((inner, true))
+    let added = added(&vocabulary.tokens, &vocabulary.kinds);
+    let added = added.map(|(token, special)| AddedToken::from(token, special).normalized(false));
+    inner.add_tokens(added).map_err(TextError::bad_tokenizer)?;
+    let special = vocabulary.special(header, [Some(1), Some(2), Some(0), None]);
+    let post_processor = vocabulary.post_processor(header, &special, true);
+    if !post_processor.is_null() {
+        inner.with_post_processor(Some(wrap::<tokenizers::PostProcessorWrapper>(post_processor)?));
+    }
+    Tokenizer::of_library(inner, special, AddSpecial::default())
 }
 
 /// The merges in the metadata, first to last; `None` when there are none.
-fn merges(header: &Header) -> Result<Option<Vec<(String, String)>>, TextError> {
+fn merges(header: &Header) -> Result<Option<Vec<(&str, &str)>>, TextError> {
     const KEY: &str = "tokenizer.ggml.merges";
     let Some(value) = header.get(KEY) else { return Ok(None) };
     let bad = |problem: String| TextError::BadMetadata { key: KEY, problem };
     let lines = value.as_strings().ok_or_else(|| bad("must be an array of texts".to_owned()))?;
-    let pair = |line: &str| {
+    let pair = |line: &'_ str| {
         // The left part is never empty, and may itself begin with a space.
         let first = line.chars().next().map_or(0, char::len_utf8);
         let at = first + line[first..].find(' ')?;
-        Some((line[..at].to_owned(), line[at + 1..].to_owned()))
+        Some((at, at + 1))
     };
     let merges = lines.iter().map(|line| {
-        pair(line).ok_or_else(|| bad(format!("has an entry that is no pair: `{}`", shown(line))))
+        let (end, begin) =
+            pair(line).ok_or_else(|| bad(format!("has an entry that is no pair: `{}`", shown(line))))?;
+        Ok((&line[..end], &line[begin..]))
     });
     merges.collect::<Result<Vec<_>, _>>().map(|merges| Some(merges).filter(|m| !m.is_empty()))
 }
@@ -205,10 +190,6 @@ fn merges(header: &Header) -> Result<Option<Vec<(String, String)>>, TextError> {
 /// A part of a tokenizer from its description in `tokenizer.json`.
 fn wrap<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, TextError> {
     serde_json::from_value(value).map_err(TextError::bad_tokenizer)
-}
-
-fn byte_level_json(use_regex: bool) -> Value {
-    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
 /// A post-processor that puts tokens before and after a text.
@@ -257,14 +238,6 @@ impl Pre {
             _ => return None,
         })
     }
-
-    /// As in `tokenizer.json`.
-    fn json(&self) -> Value {
-        let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-        let mut steps: Vec<Value> = self.patterns.iter().map(split).collect();
-        steps.push(byte_level_json(false));
-        json!({"type": "Sequence", "pretokenizers": steps})
-    }
 }
 
 // === impl Vocabulary ===
@@ -280,11 +253,13 @@ impl<'a> Vocabulary<'a> {
         if !(1..=VOCABULARY_MAX).contains(&len) {
             return Err(bad(TOKENS, format!("must have 1 to {VOCABULARY_MAX} entries, has {len}")));
         }
-        let mut ids = HashMap::with_capacity(tokens.len());
-        for (token, id) in tokens.iter().zip(0..) {
-            if let Some(first) = ids.insert(token, id) {
-                return Err(TextError::DuplicateToken { token: shown(token), first, second: id });
-            }
+        let mut ids = Names::with_capacity(tokens.len(), tokens.iter().map(str::len).sum());
+        for (token, second) in tokens.iter().zip(0..) {
+            ids.push(token).map_err(|Taken(first)| TextError::DuplicateToken {
+                token: shown(token),
+                first,
+                second,
+            })?;
         }
         let kinds = match header.get(KINDS) {
             None => vec![Kind::Normal; tokens.len()],
@@ -299,7 +274,35 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn map(&self) -> HashMap<String, u32, ahash::RandomState> {
-        self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect()
+        self.tokens.iter().zip(0..).map(|(&token, id)| (token.to_owned(), id)).collect()
+    }
+
+    /// Texts of the named special tokens; `defaults` are the ids of those that the metadata doesn't name.
+    fn special(&self, header: &Header, defaults: [Option<u32>; 4]) -> BTreeMap<String, String> {
+        let keys = [
+            ("bos_token", "tokenizer.ggml.bos_token_id"),
+            ("eos_token", "tokenizer.ggml.eos_token_id"),
+            ("unk_token", "tokenizer.ggml.unknown_token_id"),
+            ("pad_token", "tokenizer.ggml.padding_token_id"),
+        ];
+        let token = |((name, key), default): ((&str, &str), Option<u32>)| {
+            // An id outside of the vocabulary means that there is none: llama.cpp reads it so, and files with -1 exist.
+            let token = header.u32(key).or(default).and_then(|id| self.tokens.get(id as usize))?;
+            Some((name.to_owned(), (*token).to_owned()))
+        };
+        keys.into_iter().zip(defaults).filter_map(token).collect()
+    }
+
+    /// The post-processor that puts the beginning and the end of a text around it, as the metadata says; null if none.
+    fn post_processor(&self, header: &Header, special: &BTreeMap<String, String>, add_bos: bool) -> Value {
+        let flag = |key: &str| header.get(key).and_then(crate::gguf::Value::as_bool);
+        let around = |name: &str, wanted: bool| {
+            let token = special.get(name).filter(|_| wanted)?;
+            Some((token.as_str(), self.ids.id(token)?))
+        };
+        let before = around("bos_token", flag("tokenizer.ggml.add_bos_token").unwrap_or(add_bos));
+        let after = around("eos_token", flag("tokenizer.ggml.add_eos_token").unwrap_or(false));
+        if (before, after) == (None, None) { Value::Null } else { template(before, after) }
     }
 
     /// The merges that give each piece's score the meaning that SentencePiece gives it: of all neighbours that form a
@@ -328,7 +331,7 @@ impl<'a> Vocabulary<'a> {
             }
             for (at, _) in token.char_indices().skip(1) {
                 let (left, right) = token.split_at(at);
-                if let (Some(&l), Some(&r)) = (self.ids.get(left), self.ids.get(right)) {
+                if let (Some(l), Some(r)) = (self.ids.id(left), self.ids.id(right)) {
                     merges.push((score, id, l, r));
                 }
             }

@@ -1,5 +1,7 @@
 //! The bytes that each token stands for.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::VOCABULARY_MAX;
@@ -16,9 +18,16 @@ pub struct Pieces {
     strips_leading_space: bool,
 }
 
+/// A token whose text is its content.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SelfToken<'a> {
+    pub(super) content: &'a str,
+    pub(super) special: bool,
+}
+
 /// How a vocabulary entry stands for bytes.
 #[derive(Debug, Default)]
-struct Style {
+pub(super) struct Style {
     /// Each character stands for a byte (GPT-2's table).
     byte_level: bool,
     /// This character stands for a space (SentencePiece's U+2581).
@@ -32,33 +41,31 @@ struct Style {
 // === impl Pieces ===
 
 impl Pieces {
-    pub(super) fn new(inner: &tokenizers::Tokenizer) -> Result<Self, TextError> {
-        let style = Style::of(inner)?;
-        let added = inner.get_added_tokens_decoder();
-        let vocabulary = inner.get_vocab(true);
-        let max = vocabulary.values().chain(added.keys()).copied().max();
-        let len = max.map_or(0, |id| id.saturating_add(1));
-        if len > VOCABULARY_MAX {
+    /// Of a vocabulary's names by id, and of the tokens that stand for themselves.
+    pub(super) fn new<'n>(
+        names: impl ExactSizeIterator<Item = &'n str>,
+        added: &BTreeMap<u32, SelfToken<'_>>,
+        style: &Style,
+    ) -> Result<Self, TextError> {
+        let last = added.last_key_value().map_or(0, |(id, _)| *id as usize + 1);
+        let len = names.len().max(last);
+        if len > VOCABULARY_MAX as usize {
             let problem = format!("absurd token id {}, at most {VOCABULARY_MAX} are possible", len - 1);
             return Err(TextError::bad_tokenizer(problem));
         }
-        let mut names = vec![""; len as usize];
-        for (name, &id) in &vocabulary {
-            names[id as usize] = name;
-        }
         let mut pieces = Self {
             bytes: Vec::new(),
-            ends: Vec::with_capacity(names.len()),
-            special: vec![false; names.len()],
+            ends: Vec::with_capacity(len),
+            special: vec![false; len],
             longest: 0,
             strips_leading_space: style.strips_leading_space,
         };
-        for (name, id) in names.into_iter().zip(0_u32..) {
+        for (name, id) in names.chain(std::iter::repeat("")).take(len).zip(0_u32..) {
             let before = pieces.bytes.len();
             match added.get(&id) {
                 Some(token) => {
                     pieces.special[id as usize] = token.special;
-                    style.push_added(&token.content, &mut pieces.bytes);
+                    style.push_added(token.content, &mut pieces.bytes);
                 }
                 None => style.push(name, &mut pieces.bytes),
             }
@@ -112,13 +119,18 @@ impl Pieces {
 // === impl Style ===
 
 impl Style {
-    fn of(inner: &tokenizers::Tokenizer) -> Result<Self, TextError> {
-        let Some(decoder) = inner.get_decoder() else {
+    /// Each character stands for a byte.
+    pub(super) fn byte_level() -> Self {
+        Self { byte_level: true, ..Self::default() }
+    }
+
+    /// That of a decoder of `tokenizer.json`.
+    pub(super) fn of(decoder: &Value) -> Result<Self, TextError> {
+        if decoder.is_null() {
             return Err(TextError::UnsupportedDecoder { decoder: "none".to_owned() });
-        };
-        let value = serde_json::to_value(decoder).map_err(TextError::bad_tokenizer)?;
+        }
         let mut style = Self::default();
-        style.add(&value)?;
+        style.add(decoder)?;
         Ok(style)
     }
 
@@ -194,6 +206,16 @@ impl Style {
     }
 }
 
+/// GPT-2's table: the character that stands for a byte.
+pub(super) fn char_of(byte: u8) -> char {
+    match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => byte.into(),
+        0..=0x20 => char::from_u32(256 + u32::from(byte)).unwrap_or_default(),
+        0x7f..=0xa0 => char::from_u32(256 + 33 + u32::from(byte - 0x7f)).unwrap_or_default(),
+        0xad => '\u{143}',
+    }
+}
+
 /// GPT-2's table, backwards: printable Latin-1 characters are themselves, the other 68 bytes follow U+0100 in order.
 fn byte_of(c: char) -> Option<u8> {
     let code = u32::from(c);
@@ -219,6 +241,7 @@ mod tests {
         let mut bytes: Vec<u8> = chars.iter().filter_map(|&c| byte_of(c)).collect();
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        assert!((0..=255).all(|byte| byte_of(char_of(byte)) == Some(byte)));
         assert_eq!(byte_of('Ġ'), Some(b' '));
         assert_eq!(byte_of('Ċ'), Some(b'\n'));
         assert_eq!(byte_of('¡'), Some(0xa1));
