@@ -557,6 +557,11 @@ impl Strings {
         (0..self.len()).map(|i| self.get(i).unwrap_or_default())
     }
 
+    /// All of them, without anything between.
+    pub(crate) fn joined(&self) -> &str {
+        &self.text
+    }
+
     #[expect(clippy::cast_possible_truncation, reason = "HEADER_BYTES_MAX is far below 4 GiB")]
     fn push(&mut self, text: &str) {
         self.text.push_str(text);

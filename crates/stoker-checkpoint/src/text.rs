@@ -14,7 +14,7 @@ use crate::{
     chat_template::{self, ChatTemplate, TemplateError},
     error::shown,
     gguf,
-    tokenizer::{self, Tokenizer},
+    tokenizer::{self, Tokenizer, TokenizerKey, Tokenizers},
 };
 
 /// The largest `tokenizer.json` that is read: Gemma's, the largest known, has 33 MiB.
@@ -143,19 +143,21 @@ pub struct TextAssets {
 // === impl TextAssets ===
 
 impl TextAssets {
-    /// Reads the text side of the model whose directory is `dir`. Blocking: tens to hundreds of milliseconds.
+    /// Reads the text side of the model whose directory is `dir`; its tokenizer is the one that another model of
+    /// `tokenizers` has, if they are defined by the same bytes. Blocking: tens to hundreds of milliseconds.
     ///
     /// An unusable chat template is no error: completions still work. [`TextAssets::template_problem`] says why.
     ///
     /// # Errors
     /// [`TextError::NoTokenizer`] for a model without one; else what is wrong with the files.
-    pub fn open(dir: &Path, manifest: &Manifest) -> Result<Self, TextError> {
+    pub fn open(dir: &Path, manifest: &Manifest, tokenizers: &Tokenizers) -> Result<Self, TextError> {
         let (tokenizer, source, extra) = match &manifest.tokenizer {
             TokenizerFiles::None => return Err(TextError::NoTokenizer),
             TokenizerFiles::Gguf => {
                 let file = manifest.files.first().ok_or(TextError::NoTokenizer)?;
                 let header = gguf::Header::open(&dir.join(&file.path))?;
-                let tokenizer = tokenizer::from_gguf(&header)?;
+                let key = TokenizerKey::of_gguf(&header);
+                let tokenizer = tokenizers.get(key, || tokenizer::from_gguf(&header))?;
                 let source = header.str("tokenizer.chat_template").map(str::to_owned);
                 let extra = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
                 (tokenizer, Ok(source), extra.iter().filter_map(|key| header.u32(key)).collect())
@@ -163,7 +165,7 @@ impl TextAssets {
             TokenizerFiles::HuggingFace { dir: files } => {
                 let files = HuggingFaceFiles::read(&dir.join(files))?;
                 let source = files.template_source();
-                (files.tokenizer()?, source, Vec::new())
+                (tokenizers.get(files.tokenizer_key(), || files.tokenizer())?, source, Vec::new())
             }
         };
         let compiled = source.and_then(|source| source.map(|s| ChatTemplate::new(&s)).transpose());
@@ -178,7 +180,7 @@ impl TextAssets {
         end_ids.extend(END_OF_TURN.iter().filter_map(special));
         end_ids.sort_unstable();
         end_ids.dedup();
-        Ok(Self { tokenizer: Arc::new(tokenizer), template, template_problem, end_ids })
+        Ok(Self { tokenizer, template, template_problem, end_ids })
     }
 }
 
@@ -218,6 +220,16 @@ impl HuggingFaceFiles {
             template_text,
             template_json: read_object(&dir.join("chat_template.json"))?,
         })
+    }
+
+    /// Of what [`HuggingFaceFiles::tokenizer`] looks at.
+    fn tokenizer_key(&self) -> TokenizerKey {
+        let mut config = self.config.clone();
+        config.remove("chat_template");
+        let text = |map| Value::Object(map).to_string();
+        let (config, special) = (text(config), text(self.special_tokens.clone()));
+        let files = [&*self.tokenizer_json, config.as_bytes(), special.as_bytes()];
+        TokenizerKey::of_files(files.map(Some))
     }
 
     fn tokenizer(&self) -> Result<Tokenizer, TextError> {

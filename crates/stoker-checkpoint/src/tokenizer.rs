@@ -12,6 +12,7 @@ mod definition;
 mod from_gguf;
 mod names;
 mod pieces;
+mod shared;
 mod split;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -21,6 +22,7 @@ use tokenizers::AddedToken;
 
 pub use from_gguf::{PRE_TOKENIZERS, from_gguf};
 pub use pieces::Pieces;
+pub use shared::{TokenizerKey, Tokenizers};
 
 use self::{
     byte_level::ByteLevel,

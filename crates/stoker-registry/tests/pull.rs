@@ -297,7 +297,8 @@ async fn a_repository_of_safetensors_comes_with_its_tokenizer() {
     assert_eq!(pulled.entry.manifest.files.len(), 4);
     assert_eq!(pulled.entry.manifest.trust, Trust::Chunk);
     assert!(pulled.entry.dir.join("tokenizer.json").exists());
-    stoker_checkpoint::text::TextAssets::open(&pulled.entry.dir, &pulled.entry.manifest).unwrap();
+    stoker_checkpoint::text::TextAssets::open(&pulled.entry.dir, &pulled.entry.manifest, &Default::default())
+        .unwrap();
     assert!(!files_below(registry.dir()).iter().any(|p| p.ends_with("pytorch_model.bin")));
     let removed = registry.remove(&name("m")).unwrap();
     assert_eq!(removed.kept, [] as [std::path::PathBuf; 0]);

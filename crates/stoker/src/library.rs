@@ -16,6 +16,7 @@ use stoker_checkpoint::{
     ChunkSum, FileIdentity, Manifest, ManifestSummary, identity_of,
     manifest::{CHUNK_BYTES, FILE_NAME},
     text::TextAssets,
+    tokenizer::Tokenizers,
 };
 use stoker_controller::Facts;
 use stoker_gateway::{ModelCard, ModelLookupError, Models, ServedModel};
@@ -46,6 +47,7 @@ struct Inner {
     models: RwLock<BTreeMap<ModelName, Arc<Known>>>,
     /// The most recently used last.
     manifests: Mutex<VecDeque<Cached>>,
+    tokenizers: Arc<Tokenizers>,
 }
 
 /// A manifest in memory, good for as long as its file is the one that was read: `stoker verify` and `stoker pull` in
@@ -128,7 +130,15 @@ impl Library {
             }
         }
         let models = RwLock::new(models);
-        Ok(Self { inner: Arc::new(Inner { pulled, named, models, manifests: Mutex::default() }) })
+        Ok(Self {
+            inner: Arc::new(Inner {
+                pulled,
+                named,
+                models,
+                manifests: Mutex::default(),
+                tokenizers: Arc::default(),
+            }),
+        })
     }
 
     /// All models, by name.
@@ -219,13 +229,14 @@ impl Library {
         let config = manifest.config.as_ref().context("it has no configuration")?;
         let trained = config.context_trained;
         let (dir, text_of) = (known.dir.clone(), Arc::clone(&manifest));
+        let tokenizers = Arc::clone(&self.inner.tokenizers);
         let served = Arc::new(ServedModel {
             name: known.name.clone(),
             created: known.created,
             context: known.settings.context.map_or(trained, |c| c.min(trained)),
             vocab_size: config.vocab_size,
             defaults: manifest.generation.clone(),
-            text: Arc::new(move || TextAssets::open(&dir, &text_of).map_err(|e| e.to_string())),
+            text: Arc::new(move || TextAssets::open(&dir, &text_of, &tokenizers).map_err(|e| e.to_string())),
         });
         Ok(Arc::clone(known.served.write().get_or_insert(served)))
     }
