@@ -1,29 +1,32 @@
 //! Chat templates: messages to the text that the model was trained on.
 //!
 //! Templates are Jinja as transformers runs it (`trim_blocks`, `lstrip_blocks`, Python's methods, `raise_exception`,
-//! `strftime_now`, its `tojson`). They come with the model and are untrusted: a render has a budget of instructions
-//! and a bound on its output. Rendering is synchronous and may take its whole budget, some tens of milliseconds.
+//! `strftime_now`, its `tojson`). They come with the model and are untrusted: a render has a budget that instructions
+//! and data are paid from, so that its time and its memory have a bound in proportion to the request, and a bound on
+//! its output. Rendering is synchronous and may take its whole budget, some tens of milliseconds.
 
+mod bounds;
+mod program;
 mod python;
 
-use std::{
-    collections::BTreeMap,
-    io::{self, Write},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use minijinja::{
-    Environment, Error, ErrorKind, UndefinedBehavior, context, syntax::SyntaxConfig, value::Serde,
+    Environment, Error, ErrorKind, State, UndefinedBehavior, context, syntax::SyntaxConfig, value::Serde,
 };
 use serde_json::{Map, Value};
 
+use self::program::Program;
 use crate::error::shown;
 
-/// Instructions that one render may take. Ten thousand messages through the longest templates known take a tenth.
-const FUEL: u64 = 10_000_000;
+/// The budget of a render: so much (16 MiB of data, or as many instructions as take 10 ms), ...
+const FUEL_BASE: u64 = 1 << 18;
+/// ...for each message so much (the longest templates known take some hundred instructions), ...
+const FUEL_PER_MESSAGE: u64 = 512;
+/// ...and one for so many bytes of the request: a template may copy each byte thirty times.
+const BYTES_OF_INPUT_PER_FUEL: u64 = 2;
 /// The longest template that is compiled, bytes. Real ones have at most some 30 KiB.
 const SOURCE_BYTES_MAX: usize = 1 << 20;
-const NAME: &str = "chat_template";
 
 /// Why a template can't be used, or doesn't like the messages.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,8 +50,10 @@ pub enum TemplateError {
         /// The template's own words where it has any.
         message: String,
     },
-    /// Too many instructions.
-    #[error("the model's chat template took more than {fuel} instructions")]
+    /// Too many instructions, or too much data.
+    #[error(
+        "the model's chat template took more than {fuel} instructions, or data for as many (64 bytes each)"
+    )]
     BudgetExceeded {
         /// How many were allowed.
         fuel: u64,
@@ -89,14 +94,8 @@ pub struct ChatInput<'a> {
 /// A compiled chat template. Immutable, shared between threads.
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    program: Program,
     source: String,
-}
-
-/// A sink with an end.
-struct Bounded {
-    text: Vec<u8>,
-    max: usize,
-    overflowed: bool,
 }
 
 // === impl ChatTemplate ===
@@ -114,20 +113,24 @@ impl ChatTemplate {
         }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| TemplateError::Invalid { message: describe(&e) })?);
+        let invalid = |error: &Error| TemplateError::Invalid { message: describe(error) };
+        let syntax = syntax.map_err(|e| invalid(&e))?;
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_formatter(python::format);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(bounds::method);
+        // Errors would quote the conversation.
+        environment.set_debug(false);
+        // It writes everything that there is.
+        environment.remove_global("debug");
+        program::add_checks(&mut environment);
         environment.add_filter("tojson", python::tojson);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, Raised(message.clone()).to_string())
                 .with_source(Raised(message)))
         });
-        environment
-            .add_template_owned(NAME, without_generation_tags(source))
-            .map_err(|e| TemplateError::Invalid { message: describe(&e) })?;
-        Ok(Self { environment, source: source.to_owned() })
+        let program = Program::compile(without_generation_tags(source), syntax).map_err(|e| invalid(&e))?;
+        Ok(Self { environment, program, source: source.to_owned() })
     }
 
     /// The text of a conversation.
@@ -152,28 +155,26 @@ impl ChatTemplate {
             variables.insert(name, minijinja::Value::from(Serde(value)));
         }
         let now = input.now;
-        let strftime = minijinja::Value::from_function(move |format: String| python::strftime(now, &format));
+        let strftime = minijinja::Value::from_function(move |state: &State<'_, '_>, format: String| {
+            // No code stands for more than nine characters, and each has two.
+            bounds::afford(state, format.len().saturating_mul(5))?;
+            Ok::<_, Error>(python::strftime(now, &format))
+        });
         variables.insert("strftime_now", strftime);
         let variables = context! {
             messages => minijinja::Value::from(Serde(input.messages)),
             add_generation_prompt => input.add_generation_prompt,
             ..minijinja::Value::from_pairs(variables)
         };
-        let fuel = input.fuel_max.map_or(FUEL, |max| max.min(FUEL));
+        let fuel = input.fuel_max.map_or_else(|| input.fuel(), |max| max.min(input.fuel()));
         // Shares everything with the original but the budget.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
-        let mut out = Bounded { text: Vec::new(), max: input.output_bytes_max, overflowed: false };
-        let failure = |error: &Error| failure(error, fuel);
-        let template = environment.get_template(NAME).map_err(|e| failure(&e))?;
-        match template.render_captured_to(variables, &mut out) {
-            Ok(_) => {}
-            Err(_) if out.overflowed => {
-                return Err(TemplateError::OutputTooLong { bytes_max: input.output_bytes_max });
-            }
-            Err(error) => return Err(failure(&error)),
+        let text = self.program.run(&environment, variables).map_err(|e| failure(&e, fuel))?;
+        if text.len() > input.output_bytes_max {
+            return Err(TemplateError::OutputTooLong { bytes_max: input.output_bytes_max });
         }
-        String::from_utf8(out.text).map_err(|e| TemplateError::TemplateFailed { message: e.to_string() })
+        Ok(text)
     }
 
     /// The template as it is in the model's files.
@@ -186,6 +187,29 @@ impl ChatTemplate {
 impl std::fmt::Debug for ChatTemplate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ChatTemplate").field("bytes", &self.source.len()).finish_non_exhaustive()
+    }
+}
+
+// === impl ChatInput ===
+
+impl ChatInput<'_> {
+    /// The budget of a render of this.
+    fn fuel(&self) -> u64 {
+        let kwargs = self.kwargs.values().map(bytes_of).sum::<u64>();
+        let bytes = self.messages.iter().map(bytes_of).sum::<u64>() + kwargs;
+        FUEL_BASE + FUEL_PER_MESSAGE * self.messages.len() as u64 + bytes / BYTES_OF_INPUT_PER_FUEL
+    }
+}
+
+/// About how long a value is as JSON.
+fn bytes_of(value: &Value) -> u64 {
+    match value {
+        Value::String(text) => text.len() as u64,
+        Value::Array(items) => items.iter().map(bytes_of).sum::<u64>() + 8,
+        Value::Object(map) => {
+            map.iter().map(|(key, item)| key.len() as u64 + bytes_of(item)).sum::<u64>() + 8
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
     }
 }
 
@@ -264,23 +288,6 @@ fn describe(error: &Error) -> String {
     shown(&error.to_string())
 }
 
-// === impl Bounded ===
-
-impl Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() > self.max - self.text.len() {
-            self.overflowed = true;
-            return Err(io::Error::other("output too long"));
-        }
-        self.text.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -347,7 +354,7 @@ mod tests {
         assert!(matches!(error("{% if %}"), TemplateError::Invalid { .. }));
         assert!(matches!(error("{{ undefined_thing.x }}"), TemplateError::TemplateFailed { .. }));
         let forever = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
-        assert_eq!(error(forever), TemplateError::BudgetExceeded { fuel: FUEL });
+        assert!(matches!(error(forever), TemplateError::BudgetExceeded { fuel } if fuel > FUEL_BASE));
         let long = "{% for a in range(9999) %}aaaaaaaaaaaaaaaa{% endfor %}";
         assert_eq!(error(long), TemplateError::OutputTooLong { bytes_max: 1 << 16 });
         let reserved = render_with("", json!([]), json!({"messages": 1})).unwrap_err();

@@ -7,6 +7,8 @@ use minijinja::{
     value::{Kwargs, ValueKind},
 };
 
+use super::bounds;
+
 /// How deep `tojson` goes.
 const DEPTH_MAX: usize = 128;
 
@@ -38,7 +40,7 @@ pub(super) fn format(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Va
 }
 
 /// transformers' `tojson`: Python's `json.dumps` without the escapes for HTML that Jinja's own has.
-pub(super) fn tojson(value: Value, kwargs: Kwargs) -> Result<String, Error> {
+pub(super) fn tojson(state: &State<'_, '_>, value: Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
     let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
@@ -63,6 +65,7 @@ pub(super) fn tojson(value: Value, kwargs: Kwargs) -> Result<String, Error> {
         sort: sort_keys.unwrap_or(false),
         item_separator,
         key_separator,
+        bytes_max: usize::try_from(bounds::left(state)).unwrap_or(usize::MAX),
     };
     let value = serde_json::to_value(&value)
         .map_err(|e| Error::new(ErrorKind::BadSerialization, "tojson: not representable").with_source(e))?;
@@ -77,6 +80,7 @@ struct JsonWriter {
     sort: bool,
     item_separator: String,
     key_separator: String,
+    bytes_max: usize,
 }
 
 // === impl JsonWriter ===
@@ -86,6 +90,9 @@ impl JsonWriter {
         use serde_json::Value as Json;
         if depth > DEPTH_MAX {
             return Err(Error::new(ErrorKind::BadSerialization, "tojson: nested too deeply"));
+        }
+        if self.out.len() > self.bytes_max {
+            return Err(ErrorKind::OutOfFuel.into());
         }
         match value {
             Json::Null => self.out.push_str("null"),
