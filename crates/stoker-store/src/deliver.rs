@@ -187,6 +187,10 @@ impl Delivery {
         // However it went: the slab is nobody else's while the device still writes to it.
         let settled = flights.settle(&self).await;
         passed.and(settled)?;
+        if self.cancel.is_cancelled() {
+            // Everything was queued by then, and has arrived; nobody wants it.
+            return Err(LoadError::Cancelled);
+        }
         let total = self.elapsed();
         let first = flights.arrivals.first.unwrap_or(total);
         let (load, resident) = source.finish(&self.cancel).await?;
