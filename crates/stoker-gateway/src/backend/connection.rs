@@ -1,8 +1,8 @@
 //! One connection to a worker, shared by all streams between this gateway and it.
 
-use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, io, path::Path, sync::Arc, time::Duration};
 
-use bytes::BytesMut;
+use bytes::{Buf as _, BytesMut};
 use parking_lot::Mutex;
 use stoker_proto::{
     FrameReader, encode_frame,
@@ -10,7 +10,6 @@ use stoker_proto::{
 };
 use stoker_types::TokenLogprob;
 use tokio::{
-    io::AsyncWriteExt,
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -25,13 +24,24 @@ use super::{Outlet, SequenceOrder, StreamEvent, StreamFailure, TokenLogprobs};
 const OUTBOX_BYTES_MAX: usize = 64 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A live connection. Two tasks own its halves; they end when either fails or `closing` is cancelled.
+/// A live connection. One task reads; whoever has an order writes it himself, and what the socket doesn't take at once
+/// goes to a second task. The tasks end when either fails or `closing` is cancelled.
 #[derive(Debug)]
 pub(super) struct Connection {
     streams: Mutex<Streams>,
-    outbox: Mutex<BytesMut>,
+    outbox: Mutex<Outbox>,
     outbox_filled: Notify,
     closing: CancellationToken,
+}
+
+/// Orders that the socket hasn't taken.
+#[derive(Debug)]
+struct Outbox {
+    /// `None` once the connection is closed.
+    socket: Option<Arc<OwnedWriteHalf>>,
+    bytes: BytesMut,
+    /// The writing task has bytes that come before these.
+    busy: bool,
 }
 
 #[derive(Debug)]
@@ -58,9 +68,14 @@ impl Connection {
             .map_err(|_| gone(format!("no connection after {} s", CONNECT_TIMEOUT.as_secs())))?
             .map_err(|error| gone(format!("connecting failed: {error}")))?;
         let (read, write) = socket.into_split();
+        let write = Arc::new(write);
         let connection = Arc::new(Self {
             streams: Mutex::new(Streams { next: 1, open: Some(HashMap::new()) }),
-            outbox: Mutex::new(BytesMut::new()),
+            outbox: Mutex::new(Outbox {
+                socket: Some(Arc::clone(&write)),
+                bytes: BytesMut::new(),
+                busy: false,
+            }),
             outbox_filled: Notify::new(),
             closing,
         });
@@ -109,32 +124,67 @@ impl Connection {
 
     fn send(&self, kind: to_worker::Kind) -> Result<(), StreamFailure> {
         let mut outbox = self.outbox.lock();
-        if outbox.len() > OUTBOX_BYTES_MAX {
+        let Outbox { socket, bytes, busy } = &mut *outbox;
+        let Some(socket) = socket else {
+            return Err(StreamFailure::WorkerGone { detail: "its connection closed".into() });
+        };
+        if bytes.len() > OUTBOX_BYTES_MAX {
             return Err(StreamFailure::WorkerGone { detail: "it reads none of its orders".into() });
         }
-        encode_frame(&ToWorker { kind: Some(kind) }, &mut outbox)
+        encode_frame(&ToWorker { kind: Some(kind) }, bytes)
             .map_err(|error| StreamFailure::Protocol { detail: error.to_string() })?;
-        drop(outbox);
-        self.outbox_filled.notify_one();
+        if *busy {
+            // The task looks again when it has written what it has.
+            return Ok(());
+        }
+        // Mostly the socket has room, and a handover to the task would take longer than the write.
+        if let Ok(written) = socket.try_write(bytes) {
+            bytes.advance(written);
+        }
+        if !bytes.is_empty() {
+            // An error too is the task's to find.
+            *busy = true;
+            drop(outbox);
+            self.outbox_filled.notify_one();
+        }
         Ok(())
     }
 
-    async fn write(self: Arc<Self>, mut socket: OwnedWriteHalf) {
+    async fn write(self: Arc<Self>, socket: Arc<OwnedWriteHalf>) {
         let mut batch = BytesMut::new();
         let writing = async {
             loop {
                 self.outbox_filled.notified().await;
-                std::mem::swap(&mut *self.outbox.lock(), &mut batch);
-                if let Err(error) = socket.write_all_buf(&mut batch).await {
-                    return error;
+                while self.next_batch(&mut batch) {
+                    while !batch.is_empty() {
+                        socket.writable().await?;
+                        match socket.try_write(&batch) {
+                            Ok(written) => batch.advance(written),
+                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                            Err(error) => return Err(error),
+                        }
+                    }
                 }
             }
         };
-        tokio::select! {
-            error = writing => tracing::debug!(%error, "writing to a worker failed"),
-            () = self.closing.cancelled() => {}
-        }
+        let written: io::Result<Infallible> = tokio::select! {
+            written = writing => written,
+            () = self.closing.cancelled() => Err(io::Error::other("the connection was closed")),
+        };
+        let Err(error) = written;
+        tracing::debug!(%error, "writing to a worker ended");
         self.closing.cancel();
+        // The worker sees the end when the last holder of the socket is gone.
+        self.outbox.lock().socket = None;
+    }
+
+    /// Takes what waits to be written, in exchange for `batch`, which is empty. Whether there was anything; if not,
+    /// the next order is written by whoever has it.
+    fn next_batch(&self, batch: &mut BytesMut) -> bool {
+        let mut outbox = self.outbox.lock();
+        std::mem::swap(&mut outbox.bytes, batch);
+        outbox.busy = !batch.is_empty();
+        outbox.busy
     }
 
     async fn read(self: Arc<Self>, socket: OwnedReadHalf) {
