@@ -161,7 +161,6 @@ impl Registry {
                     return Ok(Pulled { entry, source: text, was_here: false });
                 }
                 Err(Stop::Source(error)) => {
-                    tracing::warn!(model = %name, source = text, %error, "a source did not give the model");
                     progress.event(PullEvent::Failed { source: &text, error: &error });
                     attempts.push(Attempt { source: text, error });
                 }
