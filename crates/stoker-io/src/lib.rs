@@ -6,6 +6,7 @@
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
 //!   reads for each; [`FaultyFiles`] adds faults for tests.
 //! - [`ReadThreads`]: the threads that read.
+//! - [`PriorityFd`]: waits for a descriptor's priority data.
 //! - [`raw_limit`]: how fast a file can be read at all, for comparison.
 
 mod faulty;
@@ -15,6 +16,7 @@ mod measure;
 mod page_cache;
 mod pin;
 mod pool;
+mod priority;
 mod reader;
 mod sum;
 mod threads;
@@ -25,6 +27,7 @@ pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
 pub use pin::{PinError, Pinner};
 pub use pool::{Chunk, ChunkBuf, ChunkPool, PoolError, PoolUsage};
+pub use priority::PriorityFd;
 pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,
     Reason,

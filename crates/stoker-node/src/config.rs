@@ -5,13 +5,16 @@ use std::{ffi::OsString, io, num::NonZeroU32, path::PathBuf, sync::Arc, time::Du
 use stoker_checkpoint::{ChunkSum, Manifest};
 use stoker_types::ModelName;
 
+use crate::memory::MemoryConfig;
+
 /// A node's settings.
-#[derive(Debug, Clone)]
 pub struct NodeConfig {
     /// Directory for sockets, made with mode 0700 if it isn't there. One node at a time.
     pub runtime_dir: PathBuf,
     /// The worker processes.
     pub workers: WorkerConfig,
+    /// How its budgets follow what the machine has.
+    pub memory: MemoryConfig,
 }
 
 /// Worker processes.

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use stoker_types::{Generation, InstanceId, ModelName, StartFailure, StartOrder};
+use stoker_types::{ByteSize, Generation, InstanceId, ModelName, StartFailure, StartOrder};
 use tokio_util::sync::CancellationToken;
 
 use crate::worker::WorkerHandle;
@@ -29,6 +29,8 @@ pub(crate) struct Instance {
     pub(crate) gone: CancellationToken,
     /// Who serves it; `None` while it starts.
     pub(crate) worker: Option<WorkerHandle>,
+    /// KV cache that it may fill.
+    kv_bytes: ByteSize,
 }
 
 /// The right to exist as an instance. The start holds it, then the worker's task. When the last clone drops, the
@@ -54,7 +56,12 @@ impl Instances {
         }
         state.seen = order.generation;
         let cancel = CancellationToken::new();
-        let instance = Instance { cancel: cancel.clone(), gone: CancellationToken::new(), worker: None };
+        let instance = Instance {
+            cancel: cancel.clone(),
+            gone: CancellationToken::new(),
+            worker: None,
+            kv_bytes: order.kv_bytes,
+        };
         state.instances.insert(order.instance, instance);
         Ok(Arc::new(Tenancy {
             instance: order.instance,
@@ -73,6 +80,12 @@ impl Instances {
 
     pub(crate) fn get(&self, instance: InstanceId) -> Option<Instance> {
         self.0.lock().instances.get(&instance).cloned()
+    }
+
+    /// Each instance's KV cache, and the process that fills it, if there is one yet.
+    pub(crate) fn kv_caches(&self) -> Vec<(Option<u32>, ByteSize)> {
+        let of = |instance: &Instance| (instance.worker.as_ref().map(|w| w.pid), instance.kv_bytes);
+        self.0.lock().instances.values().map(of).collect()
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -4,7 +4,7 @@ use std::{
     fs::{File, TryLockError},
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -12,8 +12,8 @@ use bytes::Bytes;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
 use stoker_types::{
-    ByteSize, InstanceId, ModelName, NodeEvent, NodeSnapshot, Phase, StartFailure, StartOrder, Started,
-    StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
+    ByteSize, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Phase, StartFailure, StartOrder,
+    Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -22,6 +22,7 @@ use crate::{
     Catalog, CatalogEntry, NodeConfig, NodeError, WorkerConfig,
     fleet::{self, Fleet, Lease, NoWorker, WorkerView},
     lodging::{Instances, Tenancy},
+    memory::{self, Memory, MemoryConfig, PressureTrigger},
     spawn,
     worker::{Busy, LoadFailure, LoadTimes, Lodging, Order},
 };
@@ -49,10 +50,13 @@ struct Inner {
     catalog: Arc<dyn Catalog>,
     fleet: Fleet,
     instances: Instances,
+    memory: Memory,
     events: broadcast::Sender<NodeEvent>,
     threads: u32,
     /// Ends the task that tells of what changes in memory.
     _telling: DropGuard,
+    /// Ends the watch for memory pressure.
+    _watching: Option<DropGuard>,
     /// Held for as long as the node lives: another one must not use the directory.
     _lock: File,
 }
@@ -72,7 +76,7 @@ impl Node {
     /// # Errors
     /// [`NodeError`].
     pub fn open(config: NodeConfig, store: Store, catalog: Arc<dyn Catalog>) -> Result<Self, NodeError> {
-        let NodeConfig { runtime_dir, workers } = config;
+        let NodeConfig { runtime_dir, workers, memory } = config;
         if workers.command.is_empty() {
             return Err(NodeError::NoWorkerCommand);
         }
@@ -83,9 +87,21 @@ impl Node {
         let fleet = Fleet::new(workers, sockets, pool, events.clone());
         let instances = Instances::default();
         let telling = tell_changes(&store, events.clone());
-        let inner =
-            Inner { store, catalog, fleet, instances, events, threads, _telling: telling, _lock: lock };
-        Ok(Self { inner: Arc::new(inner) })
+        let MemoryConfig { kv, probe, pressure } = memory;
+        let memory = Memory::new(kv, probe, store.clone(), instances.clone());
+        let inner = Arc::new_cyclic(|inner: &Weak<Inner>| Inner {
+            store,
+            catalog,
+            fleet,
+            instances,
+            memory,
+            events,
+            threads,
+            _telling: telling,
+            _watching: pressure.and_then(|trigger| watch_pressure(trigger, inner.clone())),
+            _lock: lock,
+        });
+        Ok(Self { inner })
     }
 
     /// Starts an instance: its weights into the pool, a worker for it, the one mapped by the other.
@@ -121,7 +137,13 @@ impl Node {
 
     async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
         let StartOrder { instance, generation, model, context, sequences_max, kv_bytes } = order;
-        let Prepared { files, manifest_json } = self.prepare(&model).await?;
+        let (prepared, room) = tokio::join!(self.prepare(&model), self.find_room(&model));
+        let Prepared { files, manifest_json } = prepared?;
+        let reserved: ByteSize = self.inner.instances.kv_caches().into_iter().map(|(_, bytes)| bytes).sum();
+        if reserved > room.kv.effective {
+            let free = (room.kv.effective + kv_bytes).saturating_sub(reserved);
+            return Err(self.out_of_memory(&model, kv_bytes, free, "for its KV cache".into()).await);
+        }
         let (lease, resident) =
             tokio::try_join!(self.take_worker(&model), self.bring_in(&model, &files, Priority::Demand))?;
 
@@ -185,7 +207,8 @@ impl Node {
     /// # Errors
     /// [`StartFailure`].
     pub async fn preload(&self, model: &ModelName) -> Result<(), StartFailure> {
-        let Prepared { files, .. } = self.prepare(model).await?;
+        let (prepared, _) = tokio::join!(self.prepare(model), self.find_room(model));
+        let Prepared { files, .. } = prepared?;
         self.bring_in(model, &files, Priority::Prefetch).await?;
         Ok(())
     }
@@ -201,7 +224,15 @@ impl Node {
         self.inner.events.subscribe()
     }
 
-    /// The state now. Reads a file of `/proc` for each worker.
+    /// Looks at the machine, makes the budgets follow, and returns the state then. While the machine has less than was
+    /// configured, also seeks who has the rest. Cancel-safe.
+    pub async fn look(&self) -> NodeSnapshot {
+        self.inner.memory.reconcile().await;
+        self.blame().await;
+        self.snapshot()
+    }
+
+    /// The state now, with the budgets as of the last look. Reads a file of `/proc` for each worker.
     #[must_use]
     pub fn snapshot(&self) -> NodeSnapshot {
         let stats = self.inner.store.stats();
@@ -217,7 +248,7 @@ impl Node {
         metrics::gauge!("stoker_node_workers").set(count(workers.len()));
         metrics::gauge!("stoker_node_instances").set(count(self.inner.instances.len()));
         NodeSnapshot {
-            dram_budget: stats.budget,
+            memory: self.inner.memory.now(),
             dram_used: stats.used,
             dram_mapped: stats.mapped,
             residency: stats.residency.into_iter().map(|r| (r.model, r.prefix)).collect(),
@@ -247,6 +278,34 @@ impl Node {
         prepared.unwrap_or_else(|_| Err(StartFailure::Cancelled { model: model.clone() }))
     }
 
+    /// Makes the budgets follow the machine before a model is brought in, whose own chunks should be the last to go.
+    async fn find_room(&self, model: &ModelName) -> NodeMemory {
+        self.inner.store.expect(model);
+        self.inner.memory.reconcile().await
+    }
+
+    async fn blame(&self) {
+        let workers = self.inner.fleet.view();
+        let ours = workers.iter().map(|w| w.pid).chain([std::process::id()]).collect();
+        self.inner.memory.blame(ours).await;
+    }
+
+    /// The failure of a start that found no room, with who has it.
+    async fn out_of_memory(
+        &self,
+        model: &ModelName,
+        needed: ByteSize,
+        free: ByteSize,
+        detail: String,
+    ) -> StartFailure {
+        self.blame().await;
+        let detail = match self.inner.memory.now().shortage() {
+            Some(shortage) => format!("{detail}; {shortage}"),
+            None => detail,
+        };
+        StartFailure::OutOfMemory { model: model.clone(), needed, free, detail }
+    }
+
     async fn take_worker(&self, model: &ModelName) -> Result<Lease, StartFailure> {
         self.inner.fleet.take().await.map_err(|no_worker| match no_worker {
             NoWorker::Stopping => StartFailure::Cancelled { model: model.clone() },
@@ -262,7 +321,14 @@ impl Node {
     ) -> Result<Resident, StartFailure> {
         // Cancelled by dropping this future.
         let loaded = self.inner.store.load(files, priority, &CancellationToken::new()).await;
-        let resident = loaded.map_err(|e| start_failure(model, e))?;
+        let resident = match loaded {
+            Ok(resident) => resident,
+            Err(LoadError::OutOfBudget { needed, free, mapped, budget, .. }) => {
+                let words = format!("for its weights; {mapped} of {budget} are in use");
+                return Err(self.out_of_memory(model, needed, free, words).await);
+            }
+            Err(error) => return Err(start_failure(model, error)),
+        };
         if !resident.joined() {
             let report = resident.report();
             let bytes = report.bytes_from(Tier::Ssd);
@@ -305,6 +371,22 @@ impl Prepared {
         let manifest_json = serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
         Ok(Self { files, manifest_json })
     }
+}
+
+/// Has the cache give way under memory pressure until the guard is dropped.
+fn watch_pressure(trigger: PressureTrigger, inner: Weak<Inner>) -> Option<DropGuard> {
+    let watching = memory::watch(trigger, move || {
+        let inner = inner.upgrade();
+        async move {
+            let Some(inner) = inner else { return false };
+            if inner.memory.relieve().await {
+                // Without a listener nobody wants to know.
+                let _ = inner.events.send(NodeEvent::ResidencyChanged);
+            }
+            true
+        }
+    });
+    watching.inspect_err(|error| tracing::warn!(%error, "memory pressure isn't watched")).ok()
 }
 
 /// Tells of changes of what is in memory until the guard is dropped. Changes that come together are told once.
@@ -372,9 +454,6 @@ fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
     let model = model.clone();
     let detail = error.to_string();
     match error {
-        LoadError::OutOfBudget { needed, free, .. } => {
-            StartFailure::OutOfMemory { model, needed, free, detail }
-        }
         LoadError::Corrupt { .. } | LoadError::Changed { .. } => StartFailure::Corrupt { model, detail },
         LoadError::Cancelled | LoadError::Closed => StartFailure::Cancelled { model },
         _ => StartFailure::Read { model, detail },

@@ -9,7 +9,7 @@ use std::{io::BufRead, path::Path, process::ExitCode, sync::Arc, time::Duration}
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rustix::process::Signal;
 use stoker_checkpoint::Source;
-use stoker_node::{CatalogEntry, Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
+use stoker_node::{CatalogEntry, MemoryConfig, Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
 use stoker_proto::stream::{FailureCode, Finish, Sampling};
 use stoker_types::{ByteSize, NodeEvent, Phase, StartFailure, StopFailure, StopMode, Tier, WorkerState};
 use stoker_worker::{StandIn, WorkerArgs, WorkerLimits};
@@ -156,7 +156,11 @@ async fn orders_that_cannot_be_obeyed() {
     assert!(matches!(failure, StartFailure::Worker { .. }) && failure.is_transient(), "{failure}");
     bed.node.stop(late.instance, StopMode::Now).await.unwrap();
 
-    let config = |dir: &Path| NodeConfig { runtime_dir: dir.to_owned(), workers: one_worker("quick_worker") };
+    let config = |dir: &Path| NodeConfig {
+        runtime_dir: dir.to_owned(),
+        workers: one_worker("quick_worker"),
+        memory: MemoryConfig::new(ByteSize::mib(64)),
+    };
     let second = Node::open(config(&bed.dir.path().join("run")), bed.store.clone(), models());
     assert!(matches!(second, Err(NodeError::InUse { .. })));
     let long = bed.dir.path().join("x".repeat(90));

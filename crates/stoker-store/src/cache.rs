@@ -127,14 +127,28 @@ impl Cache {
         }
     }
 
-    /// Evicts until no more slots than the budget are in use, as far as nothing held stands in the way.
-    pub(crate) fn shrink(&mut self, pool: &ChunkPool, now: Duration, reload: Duration) {
-        loop {
+    /// Evicts until no more slots than the budget are in use, as far as nothing held stands in the way. Returns how
+    /// many went.
+    pub(crate) fn shrink(&mut self, pool: &ChunkPool, now: Duration, reload: Duration) -> usize {
+        let over = || {
             let usage = pool.usage();
-            if usage.in_use <= usage.budget || !self.evict_one(EvictReason::Budget, None, now, reload) {
-                return;
-            }
+            usage.in_use > usage.budget
+        };
+        let mut evicted = 0;
+        while over() && self.evict_one(EvictReason::Budget, None, now, reload) {
+            evicted += 1;
         }
+        evicted
+    }
+
+    /// Evicts at most so many chunks, those that are worth least first. Returns how many went.
+    pub(crate) fn shed(&mut self, chunks: usize, now: Duration, reload: Duration) -> usize {
+        (0..chunks).take_while(|_| self.evict_one(EvictReason::Pressure, None, now, reload)).count()
+    }
+
+    /// Counts a use of a model, whatever its version.
+    pub(crate) fn touch(&mut self, name: &ModelName, now: Duration) {
+        self.models.iter_mut().filter(|(key, _)| key.name == *name).for_each(|(_, model)| model.touch(now));
     }
 
     /// Evicts the chunk that is worth least. A pin doesn't protect from a job that was promised its room before: that

@@ -40,6 +40,8 @@ pub enum EvictReason {
     Room,
     /// The budget was lowered.
     Budget,
+    /// The machine is short of memory.
+    Pressure,
     /// Somebody asked for it.
     Asked,
     /// The files were replaced.
@@ -55,6 +57,8 @@ pub struct Evictions {
     pub room: u64,
     /// The budget was lowered.
     pub budget: u64,
+    /// The machine is short of memory.
+    pub pressure: u64,
     /// Somebody asked for it.
     pub asked: u64,
     /// The files were replaced.
@@ -128,6 +132,7 @@ impl Evictions {
         let counter = match reason {
             EvictReason::Room => &mut self.room,
             EvictReason::Budget => &mut self.budget,
+            EvictReason::Pressure => &mut self.pressure,
             EvictReason::Asked => &mut self.asked,
             EvictReason::Replaced => &mut self.replaced,
             EvictReason::Failed => &mut self.failed,
@@ -143,6 +148,7 @@ impl EvictReason {
         match self {
             Self::Room => "room",
             Self::Budget => "budget",
+            Self::Pressure => "pressure",
             Self::Asked => "asked",
             Self::Replaced => "replaced",
             Self::Failed => "failed",

@@ -342,6 +342,7 @@ impl Shared {
         {
             let state = &mut *self.lock();
             self.pool.set_budget(budget);
+            let mut ended = 0;
             for id in state.jobs.expendable_first() {
                 let room = state.cache.room(self.budget(), None);
                 if room.held <= self.budget() {
@@ -355,12 +356,28 @@ impl Shared {
                 let needed = job.files.order().len();
                 let error = self.out_of_budget(&job.files.key().name.clone(), needed, room.free, room.held);
                 self.end(state, id, Err(error));
+                ended += 1;
             }
             let (now, reload) = (self.now(), self.reload(state));
-            state.cache.shrink(&self.pool, now, reload);
-            self.changed(state);
+            let evicted = state.cache.shrink(&self.pool, now, reload);
+            if ended + evicted > 0 {
+                self.changed(state);
+            } else {
+                self.publish(state);
+            }
         }
         self.wake.wake();
+    }
+
+    /// Evicts at most so many chunks for the machine's sake. Returns how many went.
+    pub(crate) fn shed(&self, chunks: usize) -> usize {
+        let state = &mut *self.lock();
+        let (now, reload) = (self.now(), self.reload(state));
+        let evicted = state.cache.shed(chunks, now, reload);
+        if evicted > 0 {
+            self.changed(state);
+        }
+        evicted
     }
 
     /// Ends every job; nothing begins any more.

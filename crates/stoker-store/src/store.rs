@@ -217,6 +217,30 @@ impl Store {
         self.release_memory().await;
     }
 
+    /// Evicts chunks that nobody holds, those that are worth least first, up to `at_most` bytes of them, and gives all
+    /// free memory back to the operating system. For when the machine is short of memory. Returns how much was evicted.
+    pub async fn shed(&self, at_most: ByteSize) -> ByteSize {
+        let chunks = usize::try_from(at_most.bytes() / self.chunk_bytes()).unwrap_or(usize::MAX);
+        let evicted = self.shared.bytes_of(self.shared.shed(chunks));
+        self.release_memory().await;
+        evicted
+    }
+
+    /// The model is about to be loaded: what is in memory of it counts as just used, so that it goes last.
+    pub fn expect(&self, model: &ModelName) {
+        let now = self.shared.now();
+        self.shared.lock().cache.touch(model, now);
+    }
+
+    /// Memory that the pool takes now, as the operating system counts it: chunks, and free slots that were not given
+    /// back.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn resident(&self) -> io::Result<ByteSize> {
+        self.shared.pool.resident()
+    }
+
     /// A read-only descriptor of the pool, for a worker.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ mod deployment;
 mod dtype;
 mod ids;
 mod limits;
+mod memory;
 mod order;
 mod sampling;
 mod seat;
@@ -16,6 +17,7 @@ pub use deployment::{KeepAlive, ModelFacts, ModelSettings, ParseKeepAliveError};
 pub use dtype::DType;
 pub use ids::{ClientId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
 pub use limits::QueueLimits;
+pub use memory::{MemoryBudget, MemoryHolder, NodeMemory};
 pub use order::{
     NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate, WorkerState,
     WorkerStatus,

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, BytesPerSec, Generation, InstanceId, ModelName, Tier, Timeline, WorkerId};
+use crate::{ByteSize, BytesPerSec, Generation, InstanceId, ModelName, NodeMemory, Tier, Timeline, WorkerId};
 
 /// Start one instance of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,8 +180,8 @@ pub struct TierRate {
 /// A node's state at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeSnapshot {
-    /// The DRAM tier's budget.
-    pub dram_budget: ByteSize,
+    /// Its budgets, as of its last look at the machine.
+    pub memory: NodeMemory,
     /// Bytes of chunks in it.
     pub dram_used: ByteSize,
     /// Bytes of those that instances have mapped (not evictable).
@@ -208,7 +208,7 @@ pub enum NodeEvent {
         /// The last lines that it printed.
         last_lines: Vec<String>,
     },
-    /// What is in DRAM has changed; [`NodeSnapshot`] says how.
+    /// What is in DRAM has changed, or what may be; [`NodeSnapshot`] says how.
     ResidencyChanged,
     /// A load finished and the tier's rate was measured.
     Measured {

@@ -18,7 +18,7 @@ use stoker_checkpoint::{
     Architecture, ChunkSum, Format, GenerationDefaults, Manifest, ModelConfig, Rope, RopeLayout, Source,
     TokenizerFiles, Trust, WeightFile, manifest::CHUNK_BYTES,
 };
-use stoker_node::{Catalog, CatalogEntry, Node, NodeConfig, Watchdog, WorkerConfig};
+use stoker_node::{Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, Watchdog, WorkerConfig};
 use stoker_store::{Store, StoreConfig};
 use stoker_types::{
     ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartOrder, WorkerId, WorkerState,
@@ -131,13 +131,17 @@ impl Bed {
     }
 
     pub(crate) fn in_dir(workers: WorkerConfig, dir: tempfile::TempDir) -> Self {
+        Self::on_machine(workers, dir, MemoryConfig::new(ByteSize::gib(1)))
+    }
+
+    pub(crate) fn on_machine(workers: WorkerConfig, dir: tempfile::TempDir, memory: MemoryConfig) -> Self {
         let mut models = HashMap::new();
         for (model, chunks) in [("a", 1), ("b", 2), ("c", 3)] {
             let manifest = noise_model(dir.path(), model, chunks * CHUNK_BYTES - 1000);
             let entry = CatalogEntry { dir: dir.path().to_owned(), manifest: Arc::new(manifest) };
             models.insert(name(model), entry);
         }
-        Self::with_models(workers, dir, Models(models), ByteSize(4 * CHUNK_BYTES))
+        Self::with_memory(workers, dir, Models(models), ByteSize(4 * CHUNK_BYTES), memory)
     }
 
     pub(crate) fn with_models(
@@ -146,8 +150,18 @@ impl Bed {
         models: Models,
         budget: ByteSize,
     ) -> Self {
+        Self::with_memory(workers, dir, models, budget, MemoryConfig::new(ByteSize::gib(1)))
+    }
+
+    pub(crate) fn with_memory(
+        workers: WorkerConfig,
+        dir: tempfile::TempDir,
+        models: Models,
+        budget: ByteSize,
+        memory: MemoryConfig,
+    ) -> Self {
         let store = Store::open(StoreConfig::new(budget)).unwrap();
-        let config = NodeConfig { runtime_dir: dir.path().join("run"), workers };
+        let config = NodeConfig { runtime_dir: dir.path().join("run"), workers, memory };
         let node = Node::open(config, store.clone(), Arc::new(models)).unwrap();
         Self { node, store, dir, generation: AtomicU64::new(0) }
     }

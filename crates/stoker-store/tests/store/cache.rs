@@ -174,6 +174,31 @@ async fn memory_goes_back_to_the_system() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_pressure_what_nobody_holds_goes_in_steps() {
+    let fixture = Fixture::new(12);
+    let [held, pinned, cold, warm] =
+        ["held", "pinned", "cold", "warm"].map(|name| fixture.model(name, &[3 * CHUNK], Trust::Chunk));
+    let guard = fixture.load(&held).await.unwrap();
+    for model in [&pinned, &cold, &warm] {
+        drop(fixture.load(model).await.unwrap());
+    }
+    fixture.store.pin(&name("pinned"));
+    fixture.store.expect(&name("warm"));
+    assert_eq!(fixture.store.shed(chunks(2)).await, chunks(2));
+    assert_eq!((resident(&fixture, &cold), resident(&fixture, &warm)), (chunks(1), chunks(3)));
+    assert_eq!(fixture.store.resident().unwrap(), chunks(10), "the system has it back");
+    // More than there is: everything goes but what is held or pinned.
+    assert_eq!(fixture.store.shed(chunks(100)).await, chunks(4));
+    assert_eq!(fixture.store.shed(chunks(100)).await, ByteSize::ZERO);
+    assert_eq!((resident(&fixture, &pinned), resident(&fixture, &held)), (chunks(3), chunks(3)));
+    assert_eq!((fixture.store.stats().evictions.pressure, fixture.store.stats().budget), (6, chunks(12)));
+    fixture.check(&held, &guard);
+    // It may grow again at once.
+    drop(fixture.load(&cold).await.unwrap());
+    assert_eq!(resident(&fixture, &cold), chunks(3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_loads_that_no_longer_fit_the_most_urgent_go_on() {
     let fixture = Fixture::with_threads(9, 2);
     let [a, b, c] = ["a", "b", "c"].map(|name| fixture.model(name, &[3 * CHUNK], Trust::Chunk));
