@@ -9,8 +9,9 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use stoker_controller::{Budgets, Config, Facts, NodeApi, spawn};
 use stoker_types::{
-    Admit, ByteSize, ClientId, InstanceId, ModelFacts, ModelName, ModelSettings, NodeEvent, NodeSnapshot,
-    RequestId, StartFailure, StartOrder, Started, StopFailure, StopMode, Timeline, WorkerId, clock,
+    Admit, ByteSize, ClientId, InstanceId, ModelFacts, ModelName, ModelSettings, NodeEvent, NodeMemory,
+    NodeSnapshot, RequestId, StartFailure, StartOrder, Started, StopFailure, StopMode, Timeline, WorkerId,
+    clock,
 };
 use tokio::sync::broadcast;
 
@@ -33,7 +34,7 @@ impl NodeApi for Instant {
 
     async fn snapshot(&self) -> NodeSnapshot {
         NodeSnapshot {
-            dram_budget: ByteSize::gib(1),
+            memory: NodeMemory::whole(ByteSize::gib(1), ByteSize::gib(4)),
             dram_used: ByteSize::ZERO,
             dram_mapped: ByteSize::ZERO,
             residency: Vec::new(),

@@ -10,7 +10,7 @@ use stoker_types::{InstanceId, ModelName, Refusal, StartFailure, StopMode};
 use tokio::{sync::watch, time::timeout_at};
 
 use crate::{
-    admit::ControllerHandle,
+    admit::{ControllerHandle, is_shortage},
     report::{Explanation, InstanceStatus, Status},
     state::{State, Wanted},
 };
@@ -69,12 +69,7 @@ impl ControllerHandle {
             let state = self.shared.state.lock();
             (state.config.budgets, state.config.sizing)
         };
-        size(&facts, &budgets, &rules).map_err(|error| Refusal::TooLarge {
-            model: model.clone(),
-            needed: error.needed,
-            budget: error.budget,
-            detail: error.detail,
-        })
+        size(&facts, &budgets, &rules).map_err(|error| self.shared.state.lock().too_large_for(&facts, error))
     }
 
     /// What is known of a model, in words; `None` when there is no such model.
@@ -149,7 +144,13 @@ impl ControllerHandle {
     /// # Errors
     /// As [`ControllerHandle::admit`].
     pub async fn preload(&self, model: &ModelName, wait_max: Duration) -> Result<(), Refusal> {
-        let (key, since, mut changed) = self.want(model, wait_max)?;
+        let (key, since, mut changed) = match self.want(model, wait_max) {
+            Err(refusal) if is_shortage(&refusal) => {
+                self.shared.look().await;
+                self.want(model, wait_max)?
+            }
+            wanted => wanted?,
+        };
         let deadline = self.shared.instant(since.saturating_add(wait_max));
         loop {
             {
@@ -159,6 +160,9 @@ impl ControllerHandle {
                 }
                 if state.shutting_down {
                     return Err(Refusal::ShuttingDown);
+                }
+                if let Some(refusal) = state.too_large(key) {
+                    return Err(refusal);
                 }
                 if let Some(failed) = state.model(key).failed.as_ref().filter(|failed| failed.at >= since) {
                     return Err(failed.failure.clone().into());
@@ -199,13 +203,8 @@ impl ControllerHandle {
             return Err(Refusal::ShuttingDown);
         }
         let key = state.know(facts);
-        if let Err(error) = state.model(key).sizing.clone() {
-            return Err(Refusal::TooLarge {
-                model: model.clone(),
-                needed: error.needed,
-                budget: error.budget,
-                detail: error.detail,
-            });
+        if let Some(refusal) = state.too_large(key) {
+            return Err(refusal);
         }
         if !state.is_ready(key) {
             let until = Some(since.saturating_add(wait_max));

@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use stoker_scheduler::residency::ModelKey;
-use stoker_types::{Admit, InstanceId, ModelName, Refusal, SeatInfo};
+use stoker_types::{Admit, InstanceId, ModelName, Refusal, SeatInfo, StartFailure};
 use tokio::{
     sync::{Notify, oneshot},
     time::{Instant, timeout_at},
@@ -12,7 +12,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    seams::Facts,
+    seams::{Facts, NodeApi},
     state::{Grant, Reply, State},
     telemetry,
 };
@@ -49,6 +49,7 @@ pub(crate) struct Shared {
     /// Wakes the owner.
     pub(crate) notify: Notify,
     pub(crate) facts: Arc<dyn Facts>,
+    node: Arc<dyn NodeApi>,
     /// Ends the owner.
     pub(crate) closed: CancellationToken,
     epoch: Instant,
@@ -61,6 +62,11 @@ struct Waiting<'a> {
     id: u64,
     reply: oneshot::Receiver<Reply>,
     ended: bool,
+}
+
+/// Whether the machine had too little memory, which may have changed since.
+pub(crate) fn is_shortage(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::Start(StartFailure::OutOfMemory { .. }))
 }
 
 // === impl ControllerHandle ===
@@ -90,7 +96,12 @@ impl ControllerHandle {
         // Outside the lock: it is somebody else's code.
         let facts = self.shared.facts.facts(&admit.model);
         let deadline = Instant::now() + admit.wait_max.min(WAIT_MAX);
-        let entered = self.shared.state.lock().enter(admit, facts, now);
+        let mut entered = self.shared.state.lock().enter(admit, facts.clone(), now);
+        if entered.as_ref().err().is_some_and(is_shortage) {
+            // By what was known of the machine; it may have more by now, and the node says who has it.
+            self.shared.look().await;
+            entered = self.shared.state.lock().enter(admit, facts, now);
+        }
         let place = match entered {
             Ok(Ok(grant)) => return Ok(self.seat(grant)),
             Ok(Err(place)) => place,
@@ -170,14 +181,22 @@ impl fmt::Debug for ControllerHandle {
 // === impl Shared ===
 
 impl Shared {
-    pub(crate) fn new(state: State, facts: Arc<dyn Facts>) -> Self {
+    pub(crate) fn new(state: State, facts: Arc<dyn Facts>, node: Arc<dyn NodeApi>) -> Self {
         Self {
             state: Mutex::new(state),
             notify: Notify::new(),
             facts,
+            node,
             closed: CancellationToken::new(),
             epoch: Instant::now(),
         }
+    }
+
+    /// Asks the node what it has now.
+    pub(crate) async fn look(&self) {
+        let snapshot = self.node.snapshot().await;
+        self.state.lock().observe(&snapshot);
+        self.notify.notify_one();
     }
 
     /// Since the controller began.

@@ -12,7 +12,7 @@ use stoker_types::QueueLimits;
 /// Everything that may be set.
 #[derive(Debug, Clone, Copy)]
 pub struct Config {
-    /// Memory and workers. The DRAM budget follows what the node's snapshots say.
+    /// Memory and workers. Both memory budgets follow what the node's snapshots say.
     pub budgets: Budgets,
     /// Judgements about thrash and waiting.
     pub rules: Rules,

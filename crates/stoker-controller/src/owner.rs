@@ -39,7 +39,7 @@ pub fn spawn(
         state.model_mut(key).wanted = Some(Wanted { since: Duration::ZERO, until: None, evicts: false });
         state.mark(key);
     }
-    let shared = Arc::new(Shared::new(state, facts));
+    let shared = Arc::new(Shared::new(state, facts, Arc::clone(&node)));
     let owner = Owner {
         shared: Arc::clone(&shared),
         node,
@@ -71,9 +71,21 @@ enum Snapshot {
 }
 
 enum Done {
-    Started { instance: InstanceId, ordered_at: Duration, result: Result<Started, StartFailure> },
-    Stopped { instance: InstanceId, result: Result<(), StopFailure> },
-    Snapshot { snapshot: NodeSnapshot, should_live: Vec<InstanceId> },
+    Started {
+        instance: InstanceId,
+        ordered_at: Duration,
+        result: Result<Started, StartFailure>,
+        /// Of the node that found no room: it has less than was known when the start was decided.
+        snapshot: Option<NodeSnapshot>,
+    },
+    Stopped {
+        instance: InstanceId,
+        result: Result<(), StopFailure>,
+    },
+    Snapshot {
+        snapshot: NodeSnapshot,
+        should_live: Vec<InstanceId>,
+    },
 }
 
 // === impl Owner ===
@@ -133,7 +145,11 @@ impl Owner {
                 let task = self.operations.spawn(async move {
                     let ordered_at = shared.now();
                     let result = node.start(order).await;
-                    Done::Started { instance, ordered_at, result }
+                    let snapshot = match &result {
+                        Err(StartFailure::OutOfMemory { .. }) => Some(node.snapshot().await),
+                        _ => None,
+                    };
+                    Done::Started { instance, ordered_at, result, snapshot }
                 });
                 self.instances.insert(task.id(), (instance, true));
             }
@@ -177,8 +193,13 @@ impl Owner {
         };
         self.instances.remove(&id);
         match done {
-            Done::Started { instance, ordered_at, result } => {
-                self.shared.state.lock().started(instance, result, ordered_at, now);
+            Done::Started { instance, ordered_at, result, snapshot } => {
+                let mut state = self.shared.state.lock();
+                if let Some(snapshot) = snapshot {
+                    state.observe(&snapshot);
+                }
+                state.started(instance, result, ordered_at, now);
+                drop(state);
                 self.due();
             }
             Done::Stopped { instance, result } => {

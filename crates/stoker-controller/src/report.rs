@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use stoker_types::{ByteSize, InstanceId, KeepAlive, ModelName, Timeline, WorkerId};
+use stoker_types::{ByteSize, InstanceId, KeepAlive, MemoryBudget, ModelName, Timeline, WorkerId};
 
 /// One instance, for `ps`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -50,11 +50,11 @@ pub struct Status {
     /// Weights' chunks that instances map.
     pub dram_used: ByteSize,
     /// And may map.
-    pub dram_budget: ByteSize,
+    pub dram_budget: MemoryBudget,
     /// KV cache reserved.
     pub kv_used: ByteSize,
     /// And reservable.
-    pub kv_budget: ByteSize,
+    pub kv_budget: MemoryBudget,
     /// Instances, whatever their state.
     pub instances: u32,
     /// Most instances.

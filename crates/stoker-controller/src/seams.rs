@@ -16,7 +16,7 @@ pub trait NodeApi: Send + Sync + 'static {
     /// Stops an instance; returns when its memory is free again, or at once when it stays.
     async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<(), StopFailure>;
 
-    /// The node's state now.
+    /// The node's state now, its budgets reconciled with what its machine has.
     async fn snapshot(&self) -> NodeSnapshot;
 
     /// What it says by itself from now on. A receiver that fell behind asks for a [`NodeApi::snapshot`].

@@ -22,8 +22,8 @@ use stoker_scheduler::{
     sizing::{Sizing, TooLarge, size},
 };
 use stoker_types::{
-    ByteSize, ClientId, Generation, InstanceId, KeepAlive, ModelFacts, ModelName, NodeSnapshot, SeatInfo,
-    StartFailure, StartOrder, StopMode, Timeline, WorkerId,
+    ByteSize, ClientId, Generation, InstanceId, KeepAlive, ModelFacts, ModelName, NodeMemory, NodeSnapshot,
+    Refusal, SeatInfo, StartFailure, StartOrder, StopMode, Timeline, WorkerId,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -47,6 +47,8 @@ pub(crate) struct State {
     waiting: usize,
     waiting_by_client: HashMap<ClientId, usize>,
     pub(crate) seats_taken: u32,
+    /// The node's memory, as of the last snapshot. The budgets in `config` are its effective ones.
+    memory: NodeMemory,
     /// Bytes of each model that are in DRAM, as of the last snapshot.
     residency: HashMap<ModelName, ByteSize>,
     /// When the owner will look again by itself.
@@ -162,6 +164,7 @@ impl State {
             waiting: 0,
             waiting_by_client: HashMap::new(),
             seats_taken: 0,
+            memory: NodeMemory::whole(config.budgets.dram, config.budgets.kv),
             residency: HashMap::new(),
             wakeup: None,
             shutting_down: false,
@@ -220,16 +223,61 @@ impl State {
         std::mem::take(&mut self.orders)
     }
 
-    /// Takes over what the node says of its memory.
+    /// Takes over what the node says of its memory. Whoever waits for a model that no longer fits is told so.
     pub(crate) fn observe(&mut self, snapshot: &NodeSnapshot) {
-        if snapshot.dram_budget != self.config.budgets.dram {
-            self.config.budgets.dram = snapshot.dram_budget;
-            let (budgets, rules) = (self.config.budgets, self.config.sizing);
-            for model in &mut self.models {
-                model.sizing = size(&model.facts, &budgets, &rules);
+        self.residency = snapshot.residency.iter().cloned().collect();
+        self.memory = snapshot.memory.clone();
+        let (dram, kv) = (self.memory.dram.effective, self.memory.kv.effective);
+        let before = self.config.budgets;
+        if (dram, kv) == (before.dram, before.kv) {
+            return;
+        }
+        (self.config.budgets.dram, self.config.budgets.kv) = (dram, kv);
+        let (budgets, rules) = (self.config.budgets, self.config.sizing);
+        let has_grown = dram > before.dram || kv > before.kv;
+        for model in &mut self.models {
+            model.sizing = size(&model.facts, &budgets, &rules);
+            // What had no room then may have some now.
+            if has_grown
+                && model
+                    .failed
+                    .as_ref()
+                    .is_some_and(|f| matches!(f.failure, StartFailure::OutOfMemory { .. }))
+            {
+                model.failed = None;
             }
         }
-        self.residency = snapshot.residency.iter().cloned().collect();
+        let waited_for = |key: &ModelKey| self.model(*key).instances.is_empty();
+        let active: Vec<ModelKey> = self.active.iter().copied().filter(waited_for).collect();
+        for key in active {
+            if let Some(refusal) = self.too_large(key) {
+                self.refuse_all(key, &refusal);
+            }
+        }
+        self.changed.send_replace(());
+    }
+
+    /// Why no instance of a model fits: it is larger than what was configured, or than what the machine has now.
+    pub(crate) fn too_large(&self, key: ModelKey) -> Option<Refusal> {
+        let model = self.model(key);
+        let error = model.sizing.as_ref().err()?;
+        Some(self.too_large_for(&model.facts, error.clone()))
+    }
+
+    pub(crate) fn too_large_for(&self, facts: &ModelFacts, error: TooLarge) -> Refusal {
+        let TooLarge { needed, budget, detail } = error;
+        let model = facts.model.clone();
+        let configured = Budgets {
+            dram: self.memory.dram.configured,
+            kv: self.memory.kv.configured,
+            slots: self.config.budgets.slots,
+        };
+        match self.memory.shortage() {
+            Some(shortage) if size(facts, &configured, &self.config.sizing).is_ok() => {
+                StartFailure::OutOfMemory { model, needed, free: budget, detail: shortage }.into()
+            }
+            _ => Refusal::TooLarge { model, needed, budget, detail },
+        }
     }
 
     pub(crate) fn record(
@@ -320,16 +368,15 @@ impl State {
         for instance in self.instances.values() {
             weights.insert(instance.model, instance.sizing.pool_bytes);
         }
-        let Budgets { dram, kv, slots } = self.config.budgets;
         Status {
             waiting: self.waiting,
             in_flight: self.seats_taken,
             dram_used: weights.into_values().sum(),
-            dram_budget: dram,
+            dram_budget: self.memory.dram,
             kv_used: self.instances.values().map(|i| i.sizing.kv_bytes).sum(),
-            kv_budget: kv,
+            kv_budget: self.memory.kv,
             instances: u32::try_from(self.instances.len()).unwrap_or(u32::MAX),
-            slots,
+            slots: self.config.budgets.slots,
             shutting_down: self.shutting_down,
         }
     }

@@ -216,9 +216,12 @@ impl State {
         } else {
             false
         };
+        // Decided with more memory than there is. What is known of it by now may have others make room.
+        let planned_anew =
+            matches!(failure, StartFailure::OutOfMemory { .. }) && self.model(key).sizing.is_ok();
         let (backoff_min, backoff_max) = (self.config.backoff_min, self.config.backoff_max);
         let model = self.model_mut(key);
-        if (failure.is_transient() || stale) && !model.retried {
+        if (failure.is_transient() || stale || planned_anew) && !model.retried {
             // Who waits goes on waiting: the next decision starts it once more.
             model.retried = true;
             return;

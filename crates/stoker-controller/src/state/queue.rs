@@ -240,15 +240,10 @@ impl State {
 
     /// Refuses what can't be started at all, or failed to just now.
     fn check_startable(&self, key: ModelKey, now: Duration) -> Result<(), Refusal> {
-        let model = self.model(key);
-        if let Err(error) = &model.sizing {
-            return Err(Refusal::TooLarge {
-                model: model.facts.model.clone(),
-                needed: error.needed,
-                budget: error.budget,
-                detail: error.detail.clone(),
-            });
+        if let Some(refusal) = self.too_large(key) {
+            return Err(refusal);
         }
+        let model = self.model(key);
         match &model.failed {
             Some(failed) if failed.until > now && model.instances.is_empty() => {
                 Err(failed.failure.clone().into())

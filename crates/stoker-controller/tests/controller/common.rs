@@ -13,9 +13,9 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use stoker_controller::{Budgets, Config, ControllerHandle, Facts, NodeApi, Seat, spawn};
 use stoker_types::{
-    Admit, ByteSize, ClientId, InstanceId, KeepAlive, ModelFacts, ModelName, ModelSettings, NodeEvent,
-    NodeSnapshot, Phase, Refusal, RequestId, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier,
-    TierBytes, Timeline, WorkerId, WorkerState, WorkerStatus,
+    Admit, ByteSize, ClientId, InstanceId, KeepAlive, MemoryHolder, ModelFacts, ModelName, ModelSettings,
+    NodeEvent, NodeMemory, NodeSnapshot, Phase, Refusal, RequestId, StartFailure, StartOrder, Started,
+    StopFailure, StopMode, Tier, TierBytes, Timeline, WorkerId, WorkerState, WorkerStatus,
 };
 use tokio::{sync::broadcast, time::sleep};
 
@@ -34,6 +34,8 @@ struct Inner {
     load: BTreeMap<ModelName, Duration>,
     failures: BTreeMap<ModelName, VecDeque<StartFailure>>,
     busy_answers: u32,
+    memory: Option<NodeMemory>,
+    looks: u32,
     violations: Vec<String>,
     starts: Vec<ModelName>,
     stops: Vec<(ModelName, StopMode)>,
@@ -170,6 +172,22 @@ impl FakeNode {
         self.inner.lock().busy_answers = times;
     }
 
+    /// The machine has so much for weights from now on, MiB.
+    pub(crate) fn leave(&self, dram: u64) {
+        let (dram, whole) = (ByteSize::mib(dram), self.budgets);
+        let mut memory = NodeMemory::whole(whole.dram, whole.kv);
+        if dram < whole.dram {
+            memory.dram.effective = dram;
+            memory.holder = Some(MemoryHolder { pid: 4312, name: "python".into(), bytes: ByteSize::gib(9) });
+        }
+        self.inner.lock().memory = Some(memory);
+    }
+
+    /// How often it was asked for its state.
+    pub(crate) fn looks(&self) -> u32 {
+        self.inner.lock().looks
+    }
+
     pub(crate) fn starts(&self) -> Vec<String> {
         self.inner.lock().starts.iter().map(ToString::to_string).collect()
     }
@@ -209,6 +227,23 @@ impl FakeNode {
         let _ = self.events.send(event);
     }
 
+    /// As the real node: it looks at its machine before it starts anything.
+    fn no_room(&self, inner: &Inner, order: &StartOrder) -> Option<StartFailure> {
+        let memory = inner.memory.as_ref()?;
+        let mut models: Vec<&ModelName> = inner.live.values().map(|order| &order.model).collect();
+        models.sort();
+        models.dedup();
+        let others = models.into_iter().filter(|model| **model != order.model);
+        let held: ByteSize = others.map(|model| self.facts.facts(model).unwrap().pool_bytes).sum();
+        let needed = self.facts.facts(&order.model).unwrap().pool_bytes;
+        (held + needed > memory.dram.effective).then(|| StartFailure::OutOfMemory {
+            model: order.model.clone(),
+            needed,
+            free: memory.dram.effective.saturating_sub(held),
+            detail: memory.shortage().unwrap_or_default(),
+        })
+    }
+
     fn check_budgets(&self, inner: &mut Inner) {
         let mut weights: BTreeMap<&ModelName, ByteSize> = BTreeMap::new();
         for order in inner.live.values() {
@@ -241,9 +276,12 @@ impl NodeApi for FakeNode {
     async fn start(&self, order: StartOrder) -> Result<Started, StartFailure> {
         let (load, failure) = {
             let mut inner = self.inner.lock();
+            inner.starts.push(order.model.clone());
+            if let Some(failure) = self.no_room(&inner, &order) {
+                return Err(failure);
+            }
             inner.live.insert(order.instance, order.clone());
             self.check_budgets(&mut inner);
-            inner.starts.push(order.model.clone());
             let load = inner.load.get(&order.model).copied().unwrap_or(Duration::from_millis(100));
             (load, inner.failures.get_mut(&order.model).and_then(VecDeque::pop_front))
         };
@@ -297,9 +335,13 @@ impl NodeApi for FakeNode {
     }
 
     async fn snapshot(&self) -> NodeSnapshot {
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
+        inner.looks += 1;
         NodeSnapshot {
-            dram_budget: self.budgets.dram,
+            memory: inner
+                .memory
+                .clone()
+                .unwrap_or_else(|| NodeMemory::whole(self.budgets.dram, self.budgets.kv)),
             dram_used: ByteSize::ZERO,
             dram_mapped: ByteSize::ZERO,
             residency: Vec::new(),

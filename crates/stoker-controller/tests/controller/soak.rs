@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::common::{Rig, admit, keep, model, name};
-use stoker_types::{ClientId, KeepAlive, Refusal, StartFailure};
+use stoker_types::{ClientId, KeepAlive, NodeEvent, Refusal, StartFailure};
 use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
@@ -32,8 +32,20 @@ impl Random {
 
 const MODELS: u64 = 8;
 
+#[derive(Clone, Copy, PartialEq)]
+enum Machine {
+    Steady,
+    /// Others take its memory and give it back.
+    Unsteady,
+}
+
 /// One request every `gap_max / 2` on average.
-async fn soak(seed: u64, requests: u64, gap_max: Duration) -> BTreeMap<&'static str, usize> {
+async fn soak(
+    seed: u64,
+    requests: u64,
+    gap_max: Duration,
+    machine: Machine,
+) -> BTreeMap<&'static str, usize> {
     let mut random = Random(seed);
     let gap_us = u64::try_from(gap_max.as_micros()).unwrap();
     let models = (0..MODELS)
@@ -74,6 +86,9 @@ async fn soak(seed: u64, requests: u64, gap_max: Duration) -> BTreeMap<&'static 
             }
             5 => rig.handle.pin(&name("m0")).unwrap(),
             6 => rig.handle.unpin(&name("m0")).unwrap(),
+            // The machine has less or more, and mostly nobody says so.
+            7 if machine == Machine::Unsteady => rig.node.leave(4 + random.below(13)),
+            8 => rig.node.say(NodeEvent::ResidencyChanged),
             _ => {}
         }
         let mut admit = admit(&model);
@@ -95,7 +110,7 @@ async fn soak(seed: u64, requests: u64, gap_max: Duration) -> BTreeMap<&'static 
                 Err(_) => "gave up",
                 Ok(Err(Refusal::QueueFull { .. })) => "queue full",
                 Ok(Err(Refusal::NotInTime { .. })) => "not in time",
-                Ok(Err(Refusal::Start(StartFailure::OutOfMemory { .. }))) => "pinned out",
+                Ok(Err(Refusal::Start(StartFailure::OutOfMemory { .. }))) => "no room",
                 Ok(Err(Refusal::Start(_))) => "start failed",
                 Ok(Err(refusal)) => panic!("request {number}: {refusal}"),
             };
@@ -109,6 +124,7 @@ async fn soak(seed: u64, requests: u64, gap_max: Duration) -> BTreeMap<&'static 
     }
     assert_eq!(ended.load(Ordering::Relaxed), usize::try_from(requests).unwrap(), "every request ends once");
     rig.handle.unpin(&name("m0")).unwrap();
+    rig.node.leave(16);
     sleep(Duration::from_secs(120)).await;
     let status = rig.handle.status();
     assert_eq!((status.in_flight, status.waiting), (0, 0));
@@ -122,7 +138,7 @@ async fn soak(seed: u64, requests: u64, gap_max: Duration) -> BTreeMap<&'static 
 /// Twice the sequences that there are seats for: queues fill and deadlines pass, but nothing breaks.
 #[tokio::test(start_paused = true)]
 async fn overloaded_every_request_ends_once_and_nothing_is_overcommitted() {
-    let outcomes = soak(1, 10_000, Duration::from_millis(200)).await;
+    let outcomes = soak(1, 10_000, Duration::from_millis(200), Machine::Steady).await;
     println!("{outcomes:?}");
     for outcome in ["served", "gave up", "not in time", "start failed"] {
         assert!(outcomes.get(outcome).is_some_and(|n| *n > 100), "hardly met `{outcome}`: {outcomes:?}");
@@ -132,14 +148,22 @@ async fn overloaded_every_request_ends_once_and_nothing_is_overcommitted() {
 /// Half of the sequences that there are seats for, eight models in memory for two or three.
 #[tokio::test(start_paused = true)]
 async fn with_enough_seats_most_are_served() {
-    let outcomes = soak(2, 10_000, Duration::from_millis(800)).await;
+    let outcomes = soak(2, 10_000, Duration::from_millis(800), Machine::Steady).await;
     println!("{outcomes:?}");
     assert!(outcomes["served"] > 7000, "{outcomes:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_others_take_of_the_memory_every_request_ends_once() {
+    let outcomes = soak(3, 10_000, Duration::from_millis(800), Machine::Unsteady).await;
+    println!("{outcomes:?}");
+    assert!(outcomes["served"] > 4000 && outcomes["no room"] > 500, "{outcomes:?}");
 }
 
 /// The meta test: one seed, one history.
 #[tokio::test(start_paused = true)]
 async fn a_seed_repeats_itself() {
     let gap = Duration::from_millis(200);
-    assert_eq!(soak(7, 500, gap).await, soak(7, 500, gap).await);
+    let history = || soak(7, 500, gap, Machine::Unsteady);
+    assert_eq!(history().await, history().await);
 }
