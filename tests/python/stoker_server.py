@@ -24,7 +24,14 @@ def free_port() -> int:
 class Server:
     """`with Server(config_text, flags) as server:`; everything it writes lies in a temporary directory."""
 
-    def __init__(self, config: str = "", flags: tuple[str, ...] = (), models: pathlib.Path | None = None):
+    def __init__(
+        self,
+        config: str = "",
+        flags: tuple[str, ...] = (),
+        models: pathlib.Path | None = None,
+        preexec=None,
+    ):
+        self.preexec = preexec
         self.binary = os.environ.get("STOKER_TEST_BINARY", str(ROOT / "target/debug/stoker"))
         self.home = tempfile.TemporaryDirectory(prefix="stoker-test-")
         home = pathlib.Path(self.home.name)
@@ -56,6 +63,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=self.log.open("wb"),
             stdin=subprocess.DEVNULL,
+            preexec_fn=self.preexec,
         )
         deadline = time.monotonic() + 60
         while True:

@@ -1,12 +1,14 @@
 //! `stoker ps`, `pin`, `unpin`, `preload`, `unload`: what a running server has in memory.
 
-use stoker_types::{ByteSize, ModelName};
+use stoker_types::{ByteSize, MemoryBudget, ModelName};
 
 use crate::{
     cli::UnloadArgs,
     client::AdminClient,
     output::{Output, Table},
-    serve::admin::{CachedRow, Done, InstanceRow, ModelRequest, StatusReport, UnloadRequest, Unloaded},
+    serve::admin::{
+        Budget, CachedRow, Done, InstanceRow, ModelRequest, StatusReport, UnloadRequest, Unloaded,
+    },
 };
 
 /// `stoker ps`.
@@ -35,16 +37,22 @@ pub(crate) async fn ps(admin: &AdminClient, output: Output) -> anyhow::Result<()
             text.push_str(&format!("\nin DRAM, without a worker: {}\n", names.join(", ")));
         }
         text.push_str(&format!(
-            "\nDRAM {} of {}, KV {} of {}, {} workers, {} waiting\n",
-            status.dram.used,
-            status.dram.budget,
-            status.kv.used,
-            status.kv.budget,
+            "\nDRAM {}, KV {}, {} workers, {} waiting\n",
+            used(&status.dram),
+            used(&status.kv),
             status.workers,
             status.waiting
         ));
+        if let Some(shortage) = &status.shortage {
+            text.push_str(&format!("{shortage}\n"));
+        }
         text
     })
+}
+
+fn used(budget: &Budget) -> String {
+    let Budget { used, budget, configured } = *budget;
+    format!("{used} of {}", MemoryBudget { configured, effective: budget })
 }
 
 fn leaves(i: &InstanceRow) -> String {

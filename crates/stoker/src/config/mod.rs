@@ -14,7 +14,6 @@ use stoker_types::{ByteSize, KeepAlive, ModelName, ModelSettings, QueueLimits};
 
 pub(crate) use dirs::Dirs;
 pub(crate) use file::{ConfigFile, ModelEntry};
-pub(crate) use memory::MemoryTruth;
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -284,7 +283,7 @@ impl Config {
             insecure,
             mut models,
         } = file;
-        let memory = MemoryTruth::read();
+        let memory = memory::Available::read();
 
         let keep_alive = Setting::settle(None, None, keep_alive, KeepAlive::default);
         for entry in models.values_mut() {

@@ -43,7 +43,7 @@ impl NodeApi for NodeOfThisProcess {
     }
 
     async fn snapshot(&self) -> NodeSnapshot {
-        self.0.snapshot()
+        self.0.look().await
     }
 
     fn events(&self) -> broadcast::Receiver<NodeEvent> {

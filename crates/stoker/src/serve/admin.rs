@@ -17,7 +17,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use stoker_controller::{ControllerHandle, InstanceStatus, UnloadError};
 use stoker_node::Node;
-use stoker_types::{ByteSize, ModelName, Refusal, StartFailure, TierRate};
+use stoker_types::{ByteSize, MemoryBudget, ModelName, Refusal, StartFailure, TierRate};
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +44,8 @@ pub(crate) struct AdminServer {
 pub(crate) struct StatusReport {
     pub(crate) dram: Budget,
     pub(crate) kv: Budget,
+    /// Why a budget is below what was configured, and who holds the memory.
+    pub(crate) shortage: Option<String>,
     /// Requests that wait for a seat.
     pub(crate) waiting: usize,
     pub(crate) rates: Vec<TierRate>,
@@ -57,7 +59,9 @@ pub(crate) struct StatusReport {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Budget {
     pub(crate) used: ByteSize,
+    /// What may be used now, of what was configured: less while the machine has less.
     pub(crate) budget: ByteSize,
+    pub(crate) configured: ByteSize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -121,6 +125,15 @@ struct AdminError {
     message: String,
 }
 
+// === impl Budget ===
+
+impl Budget {
+    fn new(used: ByteSize, budget: MemoryBudget) -> Self {
+        let MemoryBudget { configured, effective } = budget;
+        Self { used, budget: effective, configured }
+    }
+}
+
 // === impl AdminServer ===
 
 impl AdminServer {
@@ -173,7 +186,7 @@ impl AdminServer {
 
 async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
     let AdminState { controller, node, .. } = state;
-    let snapshot = node.snapshot();
+    let snapshot = node.look().await;
     let overall = controller.status();
     let row = |i: InstanceStatus| InstanceRow {
         instance: i.instance.to_string(),
@@ -192,8 +205,9 @@ async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
     };
     let instances = controller.instances().into_iter().map(row).collect();
     Json(StatusReport {
-        dram: Budget { used: snapshot.dram_used, budget: snapshot.dram_budget },
-        kv: Budget { used: overall.kv_used, budget: overall.kv_budget },
+        dram: Budget::new(snapshot.dram_used, snapshot.memory.dram),
+        kv: Budget::new(overall.kv_used, snapshot.memory.kv),
+        shortage: snapshot.memory.shortage(),
         waiting: overall.waiting,
         rates: snapshot.rates,
         instances,

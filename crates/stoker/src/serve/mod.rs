@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use stoker_controller::{Budgets, ControllerHandle};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
-use stoker_node::{Node, NodeConfig, WorkerConfig};
+use stoker_node::{MemoryConfig, Node, NodeConfig, PressureTrigger, WorkerConfig};
 use stoker_store::{Store, StoreConfig};
 use tokio::{
     net::TcpListener,
@@ -74,7 +74,13 @@ impl Server {
             env: worker_environment(),
             ..WorkerConfig::new(command)
         };
-        let node_config = NodeConfig { runtime_dir: config.dirs.runtime.clone(), workers };
+        let pressure = PressureTrigger::open()
+            .inspect_err(
+                |error| tracing::debug!(%error, "memory pressure isn't watched; starts look at the machine"),
+            )
+            .ok();
+        let memory = MemoryConfig { pressure, ..MemoryConfig::new(config.kv.value) };
+        let node_config = NodeConfig { runtime_dir: config.dirs.runtime.clone(), workers, memory };
         let node = Node::open(node_config, store, Arc::new(library.clone()))?;
 
         let budgets = Budgets { dram: config.dram.value, kv: config.kv.value, slots: slots.get() };
