@@ -23,7 +23,7 @@ use stoker_scheduler::{
 };
 use stoker_types::{
     ByteSize, ClientId, Generation, InstanceId, KeepAlive, ModelFacts, ModelName, NodeMemory, NodeSnapshot,
-    Refusal, SeatInfo, StartFailure, StartOrder, StopMode, Timeline, WorkerId,
+    Period, Refusal, SeatInfo, StartFailure, StartOrder, StopMode, Timeline, WorkerId, clock,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -441,6 +441,12 @@ impl Model {
     pub(crate) fn oldest_since(&self) -> Option<Duration> {
         self.queue.front().map(|waiter| waiter.since)
     }
+}
+
+/// What lasted from `began` to `ended`, both since the controller began, by the wall clock.
+fn period(began: Duration, ended: Duration, now: Duration) -> Period {
+    let ended_at = clock::wall().saturating_sub(now.saturating_sub(ended));
+    Period::until(ended_at, ended.saturating_sub(began))
 }
 
 /// Why an instance stops, in words.

@@ -22,8 +22,8 @@ use parking_lot::Mutex;
 use serde_json::json;
 use stoker_checkpoint::GenerationDefaults;
 use stoker_gateway::{
-    GatewayConfig, GatewayDeps, ModelCard, ModelLookupError, Models, Placement, Seat, ServedModel, Shutdown,
-    Status, WorkerPool, serve,
+    GatewayConfig, GatewayDeps, ModelCard, ModelLookupError, Models, NoTraces, Placement, Seat, ServedModel,
+    Shutdown, Status, WorkerPool, serve,
 };
 use stoker_proto::{
     FrameReader, FrameWriter,
@@ -104,6 +104,7 @@ async fn gateway(socket: PathBuf) {
         models: fixed.clone(),
         backend: Arc::new(WorkerPool::new()),
         status: fixed,
+        traces: Arc::new(NoTraces),
     };
     serve(listener, GatewayConfig::default(), deps, Shutdown::default()).await.unwrap();
 }

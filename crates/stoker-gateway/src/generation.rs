@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use stoker_checkpoint::{detokenize::Detokenizer, stop::StopMatcher, text::TextAssets};
-use stoker_types::{Admit, ClientId, FinishReason, RequestId, Sampling, SeatInfo};
+use stoker_types::{Admit, ClientId, FinishReason, RequestId, Sampling, SeatInfo, clock};
 use tokio::time::Instant;
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     request::{Api, ValidGenerateRequest},
     seams::{Placement, SeatHold, ServedModel},
     telemetry::Access,
-    timeline::RequestTimeline,
+    timeline::{EngineBegun, RequestTimeline},
 };
 
 /// Seats that a request may use up before its client has seen anything. More than one more only helps when instances
@@ -48,7 +48,7 @@ pub(crate) struct Generation {
     /// Sequences that haven't ended.
     live: usize,
     seated: Instant,
-    prefill: Option<(Duration, Duration)>,
+    begun: Option<EngineBegun>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     pub(crate) cached_tokens: u32,
@@ -125,7 +125,7 @@ impl Generation {
             live: sequences.len(),
             sequences,
             seated: received,
-            prefill: None,
+            begun: None,
             first_token: None,
             last_token: None,
             cached_tokens: 0,
@@ -241,7 +241,7 @@ impl Generation {
         let count = self.sequences.len();
         self.sequences = (0..count).map(|number| Sequence::new(&self.valid, &self.assets, number)).collect();
         self.live = count;
-        self.prefill = None;
+        self.begun = None;
         self.cached_tokens = 0;
     }
 
@@ -268,7 +268,7 @@ impl Generation {
         let mut text = String::new();
         let finish = match event {
             StreamEvent::Begun { waited, prefill, cached_tokens } => {
-                self.prefill.get_or_insert((waited, prefill));
+                self.begun.get_or_insert_with(|| EngineBegun { waited, prefill, told_at: clock::wall() });
                 let prompt = u32::try_from(sequence.ledger.prompt.len()).unwrap_or(u32::MAX);
                 let computed = prompt.saturating_sub(cached_tokens);
                 self.engine.placement.observe_prefill(&self.model.name, computed, prefill);
@@ -281,7 +281,7 @@ impl Generation {
                 self.last_token = Some(now);
                 if self.first_token.is_none() {
                     self.first_token = Some(now);
-                    self.timeline.first_token(now - self.received, now - self.seated, self.prefill);
+                    self.timeline.first_token(now - self.received, now - self.seated, self.begun);
                 }
                 sequence.token(position, id, logprobs, &self.valid.stop_ids, &mut text)?
             }
@@ -317,6 +317,7 @@ impl Drop for Generation {
     fn drop(&mut self) {
         let usage = self.usage();
         self.access.set_tokens(usage.prompt_tokens, usage.output_tokens, self.first_token, self.last_token);
+        self.access.set_timeline(std::mem::take(&mut self.timeline));
     }
 }
 

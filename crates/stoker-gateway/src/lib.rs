@@ -14,6 +14,9 @@
 //! | [`DEADLINE_MS`] | request | lowers the longest wait for a start |
 //! | [`ETA_MS`] | response | beside `Retry-After`, the estimate itself |
 //!
+//! A request is a `tracing` span (`request`, at `debug`) whose phases are events in it; [`Traces`] collects whole requests.
+//! `traceparent` and `tracestate` of the client go there too.
+//!
 //! Invariants: prompts and answers are never logged · every wait has a bound · a stream that failed ends with an error
 //! event, never silently · [`errors`] is the only place where failures become HTTP.
 
@@ -31,6 +34,7 @@ mod stream;
 mod telemetry;
 mod text;
 mod timeline;
+mod trace;
 
 pub use backend::{
     Backend, Inbox, Outlet, Overrun, Running, SequenceOrder, StreamEvent, StreamFailure, TokenLogprobs,
@@ -43,3 +47,4 @@ pub use seams::{ModelCard, ModelLookupError, Models, Placement, Seat, SeatHold, 
 pub use server::{GatewayDeps, Shutdown, serve};
 pub use text::TextSource;
 pub use timeline::{QUEUED_MS, TIMELINE};
+pub use trace::{NoTraces, ParentSpan, RequestTrace, Traces};

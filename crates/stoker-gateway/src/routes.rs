@@ -19,6 +19,7 @@ use stoker_checkpoint::text::TextAssets;
 use stoker_types::{ClientId, RequestId, clock};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::{
     config::GatewayConfig,
@@ -32,6 +33,7 @@ use crate::{
     telemetry::{Access, ms},
     text::TextCache,
     timeline::{QUEUED_MS, TIMELINE},
+    trace::Traces,
 };
 
 /// Header of every response: the request's id, unguessable. Also the `id` of the answer and the first part of the
@@ -57,6 +59,7 @@ pub(crate) struct Gateway {
     pub(crate) config: GatewayConfig,
     pub(crate) models: Arc<dyn Models>,
     pub(crate) status: Arc<dyn Status>,
+    pub(crate) traces: Arc<dyn Traces>,
     pub(crate) engine: Arc<Engine>,
     pub(crate) text: TextCache,
     /// KiB of bodies that may be received at the same time.
@@ -102,14 +105,21 @@ async fn guard_and_record(
     };
     let prefix = if route == "completions" { "cmpl" } else { "chatcmpl" };
     let id = format!("{prefix}-{:032x}", rand::random::<u128>());
-    let access = Access::new(RequestId((&*id).into()), route, Instant::now());
+    let access = Access::new(
+        RequestId((&*id).into()),
+        route,
+        Instant::now(),
+        Arc::clone(&gateway.traces),
+        request.headers(),
+    );
+    let span = access.span();
     let mut response = match guard::identify(&gateway.config, request.headers(), ends) {
         Err(refused) => refused.into_response(),
         Ok(client) => {
             access.set_client(client.clone());
             request.extensions_mut().insert(client);
             request.extensions_mut().insert(access.clone());
-            AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|_| {
+            AssertUnwindSafe(next.run(request).instrument(span)).catch_unwind().await.unwrap_or_else(|_| {
                 tracing::error!(request_id = %id, "a request's handler panicked");
                 ApiError::internal("an internal error; the log has details").into_response()
             })

@@ -31,6 +31,7 @@ use crate::{
     seams::{Models, Placement, Status},
     telemetry,
     text::TextCache,
+    trace::Traces,
 };
 
 /// Headers of a request, and bytes of its head.
@@ -53,6 +54,8 @@ pub struct GatewayDeps {
     pub backend: Arc<dyn Backend>,
     /// Metrics and readiness.
     pub status: Arc<dyn Status>,
+    /// Collects finished requests: [`NoTraces`](crate::NoTraces) if nobody wants them.
+    pub traces: Arc<dyn Traces>,
 }
 
 /// How the server is told to stop.
@@ -77,7 +80,7 @@ pub async fn serve(
 ) -> io::Result<()> {
     let local = listener.local_addr()?;
     telemetry::describe_metrics();
-    let GatewayDeps { placement, models, backend, status } = deps;
+    let GatewayDeps { placement, models, backend, status, traces } = deps;
     let ending = CancellationToken::new();
     let gateway = Arc::new(Gateway {
         engine: Arc::new(Engine {
@@ -89,6 +92,7 @@ pub async fn serve(
         }),
         models,
         status,
+        traces,
         text: TextCache::new(config.text_assets_max, config.text_threads_max),
         bodies: Arc::new(Semaphore::new(
             config.bodies_bytes_max.max(config.body_bytes_max).div_ceil(1 << 10),

@@ -2,16 +2,22 @@
 
 use std::{sync::Arc, time::Duration};
 
+use axum::http::HeaderMap;
 use parking_lot::Mutex;
-use stoker_types::{ClientId, ModelName, RequestId};
+use stoker_types::{ClientId, ModelName, Period, PhaseTime, RequestId, clock};
 use tokio::time::Instant;
+use tracing::{Span, field};
+
+use crate::{
+    timeline::RequestTimeline,
+    trace::{ParentSpan, RequestTrace, Traces},
+};
 
 /// What is known of a request; logged when the last copy is dropped, so after the response's last byte was given to
 /// the connection, or when the client has gone away.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Access(Arc<Mutex<Record>>);
 
-#[derive(Debug)]
 struct Record {
     request: RequestId,
     route: &'static str,
@@ -28,6 +34,10 @@ struct Record {
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     finished: bool,
+    timeline: Option<RequestTimeline>,
+    parent: Option<ParentSpan>,
+    span: Span,
+    traces: Arc<dyn Traces>,
 }
 
 /// Tells the metrics recorder what the gateway's metrics mean.
@@ -54,7 +64,21 @@ pub(crate) fn describe_metrics() {
 // === impl Access ===
 
 impl Access {
-    pub(crate) fn new(request: RequestId, route: &'static str, received: Instant) -> Self {
+    pub(crate) fn new(
+        request: RequestId,
+        route: &'static str,
+        received: Instant,
+        traces: Arc<dyn Traces>,
+        headers: &HeaderMap,
+    ) -> Self {
+        let span = tracing::debug_span!(
+            "request",
+            request_id = %request,
+            route,
+            model = field::Empty,
+            prompt_tokens = field::Empty
+        );
+        let parent = traces.wants(false).then(|| ParentSpan::of(headers)).flatten();
         metrics::gauge!("stoker_gateway_requests_in_flight").increment(1);
         Self(Arc::new(Mutex::new(Record {
             request,
@@ -72,11 +96,20 @@ impl Access {
             first_token: None,
             last_token: None,
             finished: false,
+            timeline: None,
+            parent,
+            span,
+            traces,
         })))
     }
 
     pub(crate) fn request(&self) -> RequestId {
         self.0.lock().request.clone()
+    }
+
+    /// The request's span, for what is logged on its way.
+    pub(crate) fn span(&self) -> Span {
+        self.0.lock().span.clone()
     }
 
     pub(crate) fn received(&self) -> Instant {
@@ -89,6 +122,7 @@ impl Access {
 
     pub(crate) fn set_model(&self, model: &ModelName, stream: bool) {
         let mut record = self.0.lock();
+        record.span.record("model", model.as_str());
         record.model = Some(model.clone());
         record.stream = stream;
     }
@@ -107,10 +141,15 @@ impl Access {
 
     pub(crate) fn set_tokens(&self, prompt: u32, output: u32, first: Option<Instant>, last: Option<Instant>) {
         let mut record = self.0.lock();
+        record.span.record("prompt_tokens", prompt);
         record.prompt_tokens = prompt;
         record.output_tokens = output;
         record.first_token = first;
         record.last_token = last;
+    }
+
+    pub(crate) fn set_timeline(&self, timeline: RequestTimeline) {
+        self.0.lock().timeline = Some(timeline);
     }
 
     pub(crate) fn set_sequences(&self, sequences: u32) {
@@ -179,6 +218,57 @@ impl Drop for Record {
             ttft_ms = ttft.map(ms),
             total_ms = ms(total),
         );
+        self.trace(status, outcome, total);
+    }
+}
+
+impl Record {
+    /// The request as spans: in the log, and for who collects them.
+    fn trace(&mut self, status: u16, outcome: &'static str, total: Duration) {
+        let timeline = self.timeline.take();
+        if let Some(timeline) = &timeline {
+            let _entered = self.span.enter();
+            for PhaseTime { phase, predicted, actual, .. } in &timeline.phases.phases {
+                tracing::debug!(
+                    target: "stoker::phase",
+                    phase = phase.name(),
+                    ms = ms(*actual),
+                    predicted_ms = predicted.map(ms)
+                );
+            }
+        }
+        // Only requests that came as far as a model are of interest there.
+        let Some(model) = self.model.take() else { return };
+        if !self.traces.wants(timeline.as_ref().is_some_and(|timeline| timeline.cold)) {
+            return;
+        }
+        let period = Period::until(clock::wall(), total);
+        let at = |instant: Instant| period.began + (instant - self.received);
+        let trace = RequestTrace {
+            request: self.request.clone(),
+            route: self.route,
+            model,
+            stream: self.stream,
+            status,
+            outcome,
+            prompt_tokens: self.prompt_tokens,
+            output_tokens: self.output_tokens,
+            cold: false,
+            period,
+            first_token: None,
+            prepare: None,
+            phases: Vec::new(),
+            decode: self
+                .first_token
+                .zip(self.last_token)
+                .map(|(first, last)| Period { began: at(first), ended: at(last) }),
+            bytes: Vec::new(),
+            parent: self.parent.take(),
+        };
+        self.traces.ended(match timeline {
+            Some(timeline) => trace.with(timeline),
+            None => trace,
+        });
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use stoker_types::{Phase, SeatInfo, Timeline};
+use stoker_types::{Period, Phase, SeatInfo, Timeline, clock};
 
 use crate::telemetry::ms;
 
@@ -28,6 +28,17 @@ pub(crate) struct RequestTimeline {
     pub(crate) first_token: Option<Duration>,
 }
 
+/// What the engine says of a sequence before its first token.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EngineBegun {
+    /// For its turn.
+    pub(crate) waited: Duration,
+    /// In the prompt's forward pass.
+    pub(crate) prefill: Duration,
+    /// When it said so, which it does as soon as the pass is over: wall clock, since the Unix epoch.
+    pub(crate) told_at: Duration,
+}
+
 // === impl RequestTimeline ===
 
 impl RequestTimeline {
@@ -40,19 +51,24 @@ impl RequestTimeline {
         }
         if self.phases.actual(Phase::Queued).is_none() {
             self.phases.record(Phase::Queued, None, info.queued);
+            self.phases.place(Phase::Queued, Period::until(clock::wall(), info.queued));
         }
     }
 
-    /// The first token is there, `waited` for the engine and `prefill` in it before.
+    /// The first token is there.
     pub(crate) fn first_token(
         &mut self,
         since_arrival: Duration,
         since_seat: Duration,
-        engine: Option<(Duration, Duration)>,
+        begun: Option<EngineBegun>,
     ) {
-        let (waited, prefill) = engine.unwrap_or_default();
+        let now = clock::wall();
+        let EngineBegun { waited, prefill, told_at } =
+            begun.unwrap_or(EngineBegun { waited: Duration::ZERO, prefill: Duration::ZERO, told_at: now });
         self.phases.record(Phase::Prefill, None, prefill);
+        self.phases.place(Phase::Prefill, Period::until(told_at, prefill));
         self.phases.record(Phase::FirstToken, None, since_seat.saturating_sub(waited + prefill));
+        self.phases.place(Phase::FirstToken, Period { began: told_at, ended: now.max(told_at) });
         self.first_token = Some(since_arrival);
     }
 

@@ -12,7 +12,7 @@ use hyper::Request;
 use serde_json::{Value, json};
 use stoker_gateway::{ApiKey, GatewayConfig};
 use stoker_proto::stream::{FailureCode, Finish, Generate};
-use stoker_types::{ByteSize, ModelName, Refusal, StartFailure};
+use stoker_types::{ByteSize, ModelName, Phase, Refusal, StartFailure, clock};
 use tokio::sync::Notify;
 
 fn stop() -> Vec<Step> {
@@ -150,6 +150,45 @@ async fn a_streamed_completion_has_its_own_shape() {
     let timeline: Value =
         serde_json::from_str(timeline.strip_prefix(": x-stoker-timeline ").unwrap()).unwrap();
     assert_eq!(timeline["cold"], false);
+}
+
+#[tokio::test]
+async fn a_request_ends_as_a_trace_without_a_word_of_it() {
+    let mut f = Fixture::new(says("secret-answer")).await;
+    f.placement.script.lock().push_back(Grant::After(Duration::from_millis(30)));
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let request =
+        json!({ "model": "team/tiny", "prompt": "secret-prompt", "stream": true, "max_tokens": 30 });
+    let request =
+        f.post("/v1/completions").header("traceparent", parent).body(Full::from(request.to_string()));
+    let before = clock::wall();
+    let answer = answer(f.send(request.unwrap()).await.unwrap()).await;
+    assert_eq!(answer.streamed_text(0), "secret-answer");
+    let trace = tokio::time::timeout(Duration::from_secs(20), f.traces.recv()).await.unwrap().unwrap();
+    assert!(!format!("{trace:?}").contains("secret"), "{trace:?}");
+    assert_eq!(answer.header("x-request-id"), &*trace.request.0);
+    assert_eq!((trace.route, trace.model.as_str(), trace.stream), ("completions", "team/tiny", true));
+    assert_eq!((trace.status, trace.outcome, trace.cold), (200, "ok", false));
+    assert_eq!((trace.prompt_tokens, trace.output_tokens), (13, 14));
+    assert_eq!(trace.parent.as_ref().unwrap().traceparent, parent);
+    // One after the other, within the request.
+    let of = |phase| trace.phases.iter().find(|p| p.phase == phase).unwrap().period.unwrap();
+    let (prepare, decode) = (trace.prepare.unwrap(), trace.decode.unwrap());
+    let (queued, prefill) = (of(Phase::Queued), of(Phase::Prefill));
+    assert_eq!((queued.length(), prefill.length()), (Duration::from_millis(30), Duration::from_micros(700)));
+    assert!(before <= trace.period.began && trace.period.ended <= clock::wall());
+    assert!(trace.period.began <= prepare.began && prepare.ended <= of(Phase::FirstToken).began);
+    assert!(prefill.ended <= of(Phase::FirstToken).ended);
+    let slack = Duration::from_millis(1);
+    assert!(queued.ended <= decode.began + slack && decode.ended <= trace.period.ended + slack, "{trace:?}");
+
+    // A refusal too; what names no model isn't worth one.
+    f.get("/v1/models").await;
+    f.placement.script.lock().push_back(Grant::Refuse(Refusal::ShuttingDown));
+    assert_eq!(f.ask("/v1/chat/completions", chat(json!({}))).await.status, 503);
+    let trace = tokio::time::timeout(Duration::from_secs(20), f.traces.recv()).await.unwrap().unwrap();
+    assert_eq!((trace.status, trace.outcome, trace.first_token), (503, "shutting_down", None));
+    assert_eq!(trace.parent, None);
 }
 
 #[tokio::test]

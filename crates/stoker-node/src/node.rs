@@ -12,8 +12,8 @@ use bytes::Bytes;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
 use stoker_types::{
-    ByteSize, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Phase, StartFailure, StartOrder,
-    Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
+    ByteSize, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Period, Phase, StartFailure,
+    StartOrder, Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus, clock,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -174,7 +174,7 @@ impl Node {
         let socket = worker.socket.clone();
         let id = worker.worker;
         self.inner.instances.serving(instance, worker);
-        Ok(Started { worker: id, socket, timeline: timeline(&report, map, init) })
+        Ok(Started { worker: id, socket, timeline: timeline(&report, map, init, clock::wall()) })
     }
 
     /// Stops an instance and returns its worker to the idle ones. The chunks stay as cache. Returns when nothing has
@@ -439,14 +439,20 @@ fn file_slots(resident: &Resident) -> Vec<FileSlots> {
     resident.files().iter().map(|file| FileSlots { len: file.len, slots: file.slots.clone() }).collect()
 }
 
-fn timeline(report: &LoadReport, map: Duration, init: Duration) -> Timeline {
+/// `ended`: when the worker had the model.
+fn timeline(report: &LoadReport, map: Duration, init: Duration, ended: Duration) -> Timeline {
     let mut timeline = Timeline { phases: Vec::new(), bytes: report.bytes.clone() };
     if report.bytes_from(Tier::Ssd) > ByteSize::ZERO {
         timeline.record(Phase::SsdRead, None, report.total);
+        timeline.place(Phase::SsdRead, Period::until(report.ended, report.total));
+        // On the reading threads, each chunk while others are read.
         timeline.record(Phase::Verify, None, report.verify_thread_time);
+        timeline.place(Phase::Verify, Period::until(report.ended, report.transfer));
     }
     timeline.record(Phase::DeviceCopy, None, map);
+    timeline.place(Phase::DeviceCopy, Period::until(ended.saturating_sub(init), map));
     timeline.record(Phase::Init, None, init);
+    timeline.place(Phase::Init, Period::until(ended, init));
     timeline
 }
 

@@ -369,6 +369,7 @@ impl Job {
         LoadReport {
             bytes: crate::load::tier_bytes(bytes_resident, bytes_read),
             total: now.saturating_sub(started),
+            ended: stoker_types::clock::wall(),
             open: opened.saturating_sub(started),
             transfer: now.saturating_sub(opened),
             read_thread_time: read_time,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use stoker_types::{ByteSize, Tier, TierBytes};
+use stoker_types::{ByteSize, Tier, TierBytes, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -197,6 +197,7 @@ fn resident_report(files: &CheckpointFiles, total: Duration) -> LoadReport {
     LoadReport {
         bytes: tier_bytes(files.bytes().bytes(), 0),
         total,
+        ended: clock::wall(),
         open: Duration::ZERO,
         transfer: Duration::ZERO,
         read_thread_time: Duration::ZERO,

@@ -13,6 +13,8 @@ pub struct LoadReport {
     pub bytes: Vec<TierBytes>,
     /// From the order to the last verified byte.
     pub total: Duration,
+    /// When that was: wall-clock time since the Unix epoch.
+    pub ended: Duration,
     /// Until the files were open and known to be those that were indexed.
     pub open: Duration,
     /// From then to the last verified byte: reading and checking, which overlap.

@@ -24,5 +24,5 @@ pub use order::{
 };
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};
-pub use timeline::{Phase, PhaseTime, Tier, TierBytes, Timeline};
+pub use timeline::{Period, Phase, PhaseTime, Tier, TierBytes, Timeline};
 pub use units::{ByteSize, BytesPerSec, ParseByteSizeError};

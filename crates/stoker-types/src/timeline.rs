@@ -39,6 +39,19 @@ pub struct PhaseTime {
     pub predicted: Option<Duration>,
     /// What it took.
     pub actual: Duration,
+    /// When it was, where that is known. Its length may differ from `actual`: checks run on several threads, and a wait
+    /// may have come in two parts, of which this is the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub period: Option<Period>,
+}
+
+/// When something was: wall-clock times since the Unix epoch, to be compared across processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Period {
+    /// Its beginning.
+    pub began: Duration,
+    /// Its end, no earlier.
+    pub ended: Duration,
 }
 
 /// Where bytes come from.
@@ -73,12 +86,35 @@ pub struct Timeline {
     pub bytes: Vec<TierBytes>,
 }
 
+// === impl Period, Timeline, Phase ===
+
+impl Period {
+    /// What ended at `ended` and took `time`.
+    #[must_use]
+    pub const fn until(ended: Duration, time: Duration) -> Self {
+        Self { began: ended.saturating_sub(time), ended }
+    }
+
+    /// How long it was.
+    #[must_use]
+    pub const fn length(&self) -> Duration {
+        self.ended.saturating_sub(self.began)
+    }
+}
+
 impl Timeline {
     /// Adds a phase, keeping the order; a phase that is there already is added to.
     pub fn record(&mut self, phase: Phase, predicted: Option<Duration>, actual: Duration) {
         match self.phases.binary_search_by_key(&phase, |p| p.phase) {
             Ok(at) => self.phases[at].actual += actual,
-            Err(at) => self.phases.insert(at, PhaseTime { phase, predicted, actual }),
+            Err(at) => self.phases.insert(at, PhaseTime { phase, predicted, actual, period: None }),
+        }
+    }
+
+    /// Says when a phase was that has been recorded.
+    pub fn place(&mut self, phase: Phase, period: Period) {
+        if let Ok(at) = self.phases.binary_search_by_key(&phase, |p| p.phase) {
+            self.phases[at].period = Some(period);
         }
     }
 
@@ -122,5 +158,10 @@ mod tests {
             [Phase::Queued, Phase::Prefill]
         );
         assert_eq!(timeline.actual(Phase::Prefill), Some(Duration::from_millis(7)));
+        let period = Period::until(Duration::from_secs(100), Duration::from_millis(7));
+        timeline.place(Phase::Prefill, period);
+        timeline.place(Phase::Init, period);
+        assert_eq!(timeline.phases[1].period, Some(period));
+        assert_eq!((timeline.phases.len(), period.length()), (2, Duration::from_millis(7)));
     }
 }

@@ -11,7 +11,7 @@ use stoker_types::{
     Timeline, WorkerId,
 };
 
-use super::{Failed, Instance, Order, State, reason_in_words};
+use super::{Failed, Instance, Order, State, period, reason_in_words};
 use crate::{report::Event, telemetry};
 
 /// Decisions in a row before others get a turn: undraining seats waiters, which changes the demand.
@@ -173,6 +173,7 @@ impl State {
             phase.predicted = phase.predicted.or_else(|| instance.estimate.phase(phase.phase));
         }
         timeline.record(Phase::Scheduled, None, ordered_at.saturating_sub(instance.decided_at));
+        timeline.place(Phase::Scheduled, period(instance.decided_at, ordered_at, now));
         instance.timeline = timeline.clone();
         let (took, predicted) = (instance.load_time, instance.estimate.load());
         telemetry::started(took, predicted);

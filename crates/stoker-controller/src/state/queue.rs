@@ -10,7 +10,7 @@ use stoker_scheduler::{
 use stoker_types::{Admit, InstanceId, KeepAlive, ModelFacts, Phase, Refusal, SeatInfo, StartFailure};
 use tokio::sync::oneshot;
 
-use super::{Grant, Model, State, Waiter, Wanted};
+use super::{Grant, Model, State, Waiter, Wanted, period};
 use crate::telemetry;
 
 /// What a waiting request is told, once.
@@ -220,6 +220,12 @@ impl State {
             let before = instance.decided_at.saturating_sub(since);
             let after = waited_since.map_or(Duration::ZERO, |w| now.saturating_sub(instance.ready_at.max(w)));
             timeline.record(Phase::Queued, Some(instance.estimate.room), before + after);
+            let waited = if before > Duration::ZERO {
+                period(since, instance.decided_at, now)
+            } else {
+                period(now.saturating_sub(after), now, now)
+            };
+            timeline.place(Phase::Queued, waited);
             let facts = &model.facts;
             let prefill = self.estimator.prefill(&facts.model, facts.weight_bytes, prompt_tokens);
             timeline.record(Phase::Prefill, Some(prefill), Duration::ZERO);

@@ -22,8 +22,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use stoker_checkpoint::GenerationDefaults;
 use stoker_gateway::{
-    GatewayConfig, GatewayDeps, ModelCard, ModelLookupError, Models, Placement, Seat, ServedModel, Shutdown,
-    Status, WorkerPool, serve,
+    GatewayConfig, GatewayDeps, ModelCard, ModelLookupError, Models, Placement, RequestTrace, Seat,
+    ServedModel, Shutdown, Status, Traces, WorkerPool, serve,
 };
 use stoker_proto::{
     FrameReader, FrameWriter,
@@ -316,7 +316,23 @@ impl Status for FakeStatus {
     }
 }
 
+/// Wants every request.
+struct Collected(mpsc::UnboundedSender<RequestTrace>);
+
+impl Traces for Collected {
+    fn wants(&self, _: bool) -> bool {
+        true
+    }
+
+    fn ended(&self, trace: RequestTrace) {
+        // A test that is over reads no more.
+        let _ = self.0.send(trace);
+    }
+}
+
 pub(crate) struct Fixture {
+    /// Of requests that have ended.
+    pub traces: mpsc::UnboundedReceiver<RequestTrace>,
     pub address: SocketAddr,
     pub worker: FakeWorker,
     pub placement: Arc<FakePlacement>,
@@ -353,6 +369,7 @@ impl Fixture {
             context: AtomicUsize::new(CONTEXT as usize),
         });
         let models = Arc::new(FakeModels::new());
+        let (collected, traces) = mpsc::unbounded_channel();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::default();
@@ -361,9 +378,10 @@ impl Fixture {
             models: models.clone(),
             backend: Arc::new(WorkerPool::new()),
             status: Arc::new(FakeStatus),
+            traces: Arc::new(Collected(collected)),
         };
         let server = tokio::spawn(serve(listener, config, deps, shutdown.clone()));
-        Self { address, worker, placement, models, shutdown, server, dir, key: None }
+        Self { traces, address, worker, placement, models, shutdown, server, dir, key: None }
     }
 
     /// Sends a request; the response's body is still to come.
