@@ -82,6 +82,33 @@ def test_preload_pin_unload(gguf):
         assert server.json("ps")["instances"] == []
 
 
+def test_explain_says_where_the_time_went(gguf):
+    config = f'[models.a]\npath = "{gguf}"\ncontext = 512\n[models.tiny]\npath = "{DATA}/tiny-llama"\n'
+    with Server(config, ("--dram", "256MiB")) as server:
+        assert server.json("explain") == {"model": None, "requests": []}
+        body = {"model": "a", "prompt": "x", "max_tokens": 2, "temperature": 0}
+        _, answer, headers = server.post("/v1/completions", body)
+        server.post("/v1/completions", body)
+        server.post("/v1/completions", {**body, "model": "tiny"})
+        told = json.loads(headers["x-stoker-timeline"])
+        (request,) = server.json("explain", answer["id"])["requests"]
+        assert request["model"] == "a" and request["status"] == 200 and request["output_tokens"] == 2
+        for phase in request["phases"]:
+            assert phase["ms"] == pytest.approx(told["phases"][phase["phase"]]["ms"], abs=0.001)
+        predicted = {p["phase"]: p["predicted_ms"] for p in request["phases"]}
+        assert predicted["ssd_read"] > 0 and predicted["prefill"] is not None
+        assert [b["tier"] for b in request["bytes"]] == ["ssd"]
+        # The newest first, of all models; the warm one had no start.
+        assert [r["model"] for r in server.json("explain")["requests"]] == ["tiny", "a"]
+        about = server.json("explain", "a")
+        assert [r["request"] for r in about["requests"]] == [answer["id"]]
+        assert [d["event"] for d in about["model"]["decisions"]] == ["start", "ready"]
+        human = server.command("explain", "a").stdout
+        assert answer["id"] in human and "ssd read" in human and "PREDICTED" in human
+        missing = server.command("explain", "b", check=False)
+        assert missing.returncode != 0 and "b" in missing.stderr
+
+
 def test_convert_and_serve_the_result(gguf, tmp_path):
     folder = tmp_path / "converted"
     plain = Server()

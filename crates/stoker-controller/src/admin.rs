@@ -99,6 +99,7 @@ impl ControllerHandle {
             })
             .collect();
         Some(Explanation {
+            at: now,
             model: model.clone(),
             instances,
             waiting: known.waiting(),

@@ -102,9 +102,29 @@ pub struct DecisionRecord {
     pub terms: String,
 }
 
+impl Event {
+    /// Its name, for people.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Ready => "ready",
+            Self::Failed => "failed",
+            Self::Drain => "drain",
+            Self::Undrain => "undrain",
+            Self::Stop => "stop",
+            Self::Gone => "gone",
+            Self::Busy => "busy",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 /// What the controller knows of one model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Explanation {
+    /// When it was asked: since the controller began.
+    pub at: Duration,
     /// Which.
     pub model: ModelName,
     /// Its instances.

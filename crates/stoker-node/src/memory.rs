@@ -25,7 +25,7 @@ pub use system::SystemMemory;
 const RESERVE_MAX: ByteSize = ByteSize::gib(4);
 
 /// Whom the machine's memory is with is sought at most this often.
-const BLAMED_EVERY: Duration = Duration::from_secs(1);
+const BLAMED_EVERY: Duration = Duration::from_millis(100);
 
 /// One relief evicts a quarter of what may go, within these bounds.
 const RELIEF_MIN: ByteSize = ByteSize::mib(64);
@@ -170,6 +170,9 @@ impl Memory {
             let mut state = self.state.lock();
             state.memory = after.clone();
             state.group = reading.group;
+            if !after.is_short() {
+                state.blamed = None;
+            }
         }
         if after.is_short() != before.is_short() {
             let (dram, kv) = (&after.dram, &after.kv);

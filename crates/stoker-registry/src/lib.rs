@@ -21,7 +21,7 @@ mod zip;
 
 pub use alias::{Aliases, BadAliases, PinnedSource};
 pub use error::{Attempt, RegistryError, SourceError};
-pub use http::{Remote, RemoteConfig};
+pub use http::{Remote, RemoteConfig, http_client};
 pub use pull::{PullEvent, PullProgress, Pulled};
 pub use registry::{Entry, Listed, Listing, Registry, Removed};
 pub use source::{BadSource, SourceUri};

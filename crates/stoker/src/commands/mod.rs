@@ -5,6 +5,7 @@ pub(crate) mod chat;
 pub(crate) mod config;
 pub(crate) mod demo;
 pub(crate) mod devices;
+pub(crate) mod explain;
 pub(crate) mod memory;
 pub(crate) mod models;
 pub(crate) mod serve;

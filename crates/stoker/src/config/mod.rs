@@ -101,6 +101,7 @@ pub(crate) struct Config {
     /// Models that the file names.
     pub(crate) entries: BTreeMap<ModelName, ModelEntry>,
     pub(crate) remote: RemoteEnvironment,
+    pub(crate) telemetry: TelemetryEnvironment,
 }
 
 /// Whoever holds the key may use the API.
@@ -119,6 +120,15 @@ pub(crate) struct RemoteEnvironment {
     pub(crate) hf_endpoint: Option<String>,
     pub(crate) hf_token: Option<String>,
     pub(crate) python_index: Option<String>,
+}
+
+/// What the environment says about OpenTelemetry. What isn't here the library reads itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct TelemetryEnvironment {
+    /// There is a collector, and it is wanted.
+    pub(crate) traces: bool,
+    /// The service's name, unless the environment has one.
+    pub(crate) service: Option<&'static str>,
 }
 
 /// What is wrong with the configuration.
@@ -200,6 +210,21 @@ impl Environment {
 impl<const N: usize> From<[(&str, &str); N]> for Environment {
     fn from(pairs: [(&str, &str); N]) -> Self {
         Self(pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect())
+    }
+}
+
+// === impl TelemetryEnvironment ===
+
+impl TelemetryEnvironment {
+    fn of(environment: &Environment) -> Self {
+        let is = |name, value: &str| environment.get(name).is_some_and(|v| v.eq_ignore_ascii_case(value));
+        let endpoint = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"]
+            .into_iter()
+            .any(|name| environment.get(name).is_some());
+        let off = is("OTEL_SDK_DISABLED", "true") || is("OTEL_TRACES_EXPORTER", "none");
+        let named = environment.get("OTEL_SERVICE_NAME").is_some()
+            || environment.get("OTEL_RESOURCE_ATTRIBUTES").is_some_and(|list| list.contains("service.name="));
+        Self { traces: endpoint && !off, service: (!named).then_some("stoker") }
     }
 }
 
@@ -351,6 +376,7 @@ impl Config {
                 hf_token: environment.get("HF_TOKEN").map(Into::into),
                 python_index: environment.get("PIP_INDEX_URL").map(Into::into),
             },
+            telemetry: TelemetryEnvironment::of(environment),
         };
         Ok(config)
     }
@@ -415,6 +441,21 @@ mod tests {
         assert_eq!(config.keep_alive.origin, Origin::File);
         assert_eq!(config.queue.origin, Origin::Default);
         assert_eq!(config.models.value, PathBuf::from("/home/someone/.local/share/stoker/models"));
+    }
+
+    #[test]
+    fn traces_are_exported_where_there_is_a_collector() {
+        let of = |extra: &[(&str, &str)]| {
+            Config::load(Overrides::default(), &environment(extra)).unwrap().telemetry
+        };
+        let endpoint = ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318");
+        assert_eq!(of(&[]), TelemetryEnvironment { traces: false, service: Some("stoker") });
+        assert_eq!(of(&[endpoint]), TelemetryEnvironment { traces: true, service: Some("stoker") });
+        assert!(of(&[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:4318/v1/traces")]).traces);
+        assert!(!of(&[endpoint, ("OTEL_SDK_DISABLED", "True")]).traces);
+        assert!(!of(&[endpoint, ("OTEL_TRACES_EXPORTER", "none")]).traces);
+        assert_eq!(of(&[endpoint, ("OTEL_SERVICE_NAME", "box")]).service, None);
+        assert_eq!(of(&[endpoint, ("OTEL_RESOURCE_ATTRIBUTES", "a=b,service.name=box")]).service, None);
     }
 
     #[test]

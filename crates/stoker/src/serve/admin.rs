@@ -3,25 +3,29 @@
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context as _;
 use axum::{
     Json, Router,
-    extract::{Query, State},
+    extract::State,
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
-use stoker_controller::{ControllerHandle, InstanceStatus, UnloadError};
+use stoker_controller::{ControllerHandle, DecisionRecord, Explanation, InstanceStatus, UnloadError};
 use stoker_node::Node;
 use stoker_types::{ByteSize, MemoryBudget, ModelName, Refusal, StartFailure, TierRate};
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::library::Library;
+use crate::{
+    library::Library,
+    serve::traces::{ColdRequest, RequestTraces},
+};
 
 /// What the handlers work with.
 #[derive(Clone)]
@@ -29,6 +33,7 @@ pub(crate) struct AdminState {
     pub(crate) controller: ControllerHandle,
     pub(crate) node: Node,
     pub(crate) library: Library,
+    pub(crate) traces: Arc<RequestTraces>,
     pub(crate) wait_max: Duration,
 }
 
@@ -106,6 +111,49 @@ pub(crate) struct UnloadRequest {
     pub(crate) dram: bool,
 }
 
+/// Body of `POST /explain`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ExplainRequest {
+    /// A model, or a request's id; `None`: whatever was last.
+    pub(crate) about: Option<String>,
+}
+
+/// What `stoker explain` shows.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ExplainReport {
+    /// Asked about a model.
+    pub(crate) model: Option<ModelExplanation>,
+    /// Requests that waited for a start, the newest first.
+    pub(crate) requests: Vec<ColdRequest>,
+}
+
+/// What the controller knows of a model.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ModelExplanation {
+    pub(crate) model: ModelName,
+    /// What an instance takes, or why it can't fit.
+    pub(crate) sizing: String,
+    /// How long a start would take, term by term.
+    pub(crate) estimate: String,
+    pub(crate) waiting: usize,
+    pub(crate) failure: Option<String>,
+    /// The oldest first.
+    pub(crate) decisions: Vec<DecisionRow>,
+}
+
+/// One decision about a model, or what came of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct DecisionRow {
+    pub(crate) age_s: f64,
+    pub(crate) instance: String,
+    pub(crate) event: String,
+    pub(crate) terms: String,
+}
+
+/// Cold requests that are shown of one model, or of all.
+const EXPLAINED_MAX: usize = 3;
+
 /// What was unloaded.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Unloaded {
@@ -156,7 +204,7 @@ impl AdminServer {
         std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
         let router = Router::new()
             .route("/status", get(status))
-            .route("/explain", get(explain))
+            .route("/explain", post(explain))
             .route("/pin", post(pin))
             .route("/unpin", post(unpin))
             .route("/preload", post(preload))
@@ -218,12 +266,41 @@ async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
 
 async fn explain(
     State(state): State<AdminState>,
-    Query(request): Query<ModelRequest>,
-) -> Result<Response, AdminError> {
-    match state.controller.explain(&request.model) {
-        Some(explanation) => Ok(Json(explanation).into_response()),
-        None => Err(unknown(&state, &request.model)),
+    Json(request): Json<ExplainRequest>,
+) -> Result<Json<ExplainReport>, AdminError> {
+    let last = |wanted: &dyn Fn(&ColdRequest) -> bool| {
+        let mut requests = state.traces.recent(wanted);
+        requests.truncate(EXPLAINED_MAX);
+        requests
+    };
+    let Some(about) = request.about else {
+        return Ok(Json(ExplainReport { model: None, requests: last(&|_| true) }));
+    };
+    let of_request = last(&|cold| cold.request == about);
+    if !of_request.is_empty() {
+        return Ok(Json(ExplainReport { model: None, requests: of_request }));
     }
+    let not_found = || {
+        let message = if about.starts_with("chatcmpl-") || about.starts_with("cmpl-") {
+            format!("request {about} is not among the last that waited for a start")
+        } else {
+            state.library.not_found(&about)
+        };
+        AdminError { status: StatusCode::NOT_FOUND, message }
+    };
+    let name: ModelName = about.parse().map_err(|_| not_found())?;
+    let Explanation { model, sizing, estimate, waiting, failure, decisions, at, .. } =
+        state.controller.explain(&name).ok_or_else(not_found)?;
+    let row = |d: DecisionRecord| DecisionRow {
+        age_s: at.saturating_sub(d.at).as_secs_f64(),
+        instance: d.instance.to_string(),
+        event: d.event.name().to_owned(),
+        terms: d.terms,
+    };
+    let requests = last(&|cold| cold.model == model);
+    let decisions = decisions.into_iter().map(row).collect();
+    let model = ModelExplanation { model, sizing, estimate, waiting, failure, decisions };
+    Ok(Json(ExplainReport { model: Some(model), requests }))
 }
 
 async fn pin(

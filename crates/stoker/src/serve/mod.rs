@@ -2,6 +2,7 @@
 
 mod adapters;
 pub(crate) mod admin;
+pub(crate) mod traces;
 
 use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -34,6 +35,7 @@ pub(crate) struct Server {
     grace: Duration,
     gateway: JoinHandle<std::io::Result<()>>,
     admin: admin::AdminServer,
+    exporter: Option<traces::Exporter>,
 }
 
 /// What may be changed about a server for measuring it.
@@ -83,6 +85,14 @@ impl Server {
         let node_config = NodeConfig { runtime_dir: config.dirs.runtime.clone(), workers, memory };
         let node = Node::open(node_config, store, Arc::new(library.clone()))?;
 
+        let (export, exporter) = if config.telemetry.traces {
+            let (export, exporter) = traces::Exporter::start(config.telemetry.service)?;
+            (Some(export), Some(exporter))
+        } else {
+            (None, None)
+        };
+        let traces = Arc::new(traces::RequestTraces::new(export));
+
         let budgets = Budgets { dram: config.dram.value, kv: config.kv.value, slots: slots.get() };
         let mut controller_config = stoker_controller::Config::new(budgets);
         controller_config.queue = config.queue.value;
@@ -97,6 +107,7 @@ impl Server {
                 controller: controller.clone(),
                 node: node.clone(),
                 library: library.clone(),
+                traces: Arc::clone(&traces),
                 wait_max: Duration::from_secs(config.wait_s.value),
             },
         )?;
@@ -115,6 +126,7 @@ impl Server {
             models: Arc::new(library),
             backend: Arc::new(WorkerPool::default()),
             status: Arc::new(status),
+            traces,
         };
         let shutdown = Shutdown::default();
         let gateway = tokio::spawn(stoker_gateway::serve(listener, gateway_config, deps, shutdown.clone()));
@@ -125,7 +137,7 @@ impl Server {
             admin = %config.dirs.admin_socket().display(),
             "listening"
         );
-        Ok(Self { address, shutdown, controller, node, grace, gateway, admin })
+        Ok(Self { address, shutdown, controller, node, grace, gateway, admin, exporter })
     }
 
     /// Where the API listens.
@@ -171,7 +183,7 @@ impl Server {
     /// # Errors
     /// When the listener failed.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
-        let Self { shutdown, controller, node, grace, gateway, admin, .. } = self;
+        let Self { address: _, shutdown, controller, node, grace, gateway, admin, exporter } = self;
         shutdown.drain.cancel();
         let draining = async {
             tokio::select! {
@@ -189,6 +201,9 @@ impl Server {
         admin.stop().await;
         // What could finish has finished: workers have no stream that anybody reads.
         node.shutdown(WORKERS_END).await;
+        if let Some(exporter) = exporter {
+            exporter.stop().await;
+        }
         Ok(served.context("the gateway panicked")??)
     }
 }
