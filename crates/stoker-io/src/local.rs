@@ -167,6 +167,7 @@ impl Reader for LocalFile {
 
     fn read(&self, mut op: ReadOp, done: Completion) {
         assert!(op.len <= op.buf.len(), "a read of {} bytes into a buffer of {}", op.len, op.buf.len());
+        op.buf.populate(op.len);
         let result = self.fill(&mut op);
         done(ReadDone { buf: op.buf, result });
     }

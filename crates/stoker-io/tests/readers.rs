@@ -6,8 +6,8 @@ use std::{io, path::Path, sync::mpsc};
 
 use proptest::prelude::*;
 use stoker_io::{
-    ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError, ReadMode,
-    ReadOp, Reader, ReaderKind, Reason, checksum, drop_page_cache, raw_limit,
+    ChunkBuf, ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError,
+    ReadMode, ReadOp, Reader, ReaderKind, Reason, checksum, drop_page_cache, raw_limit,
 };
 use stoker_types::ByteSize;
 
@@ -165,9 +165,21 @@ fn the_raw_limit_reads_the_whole_file_in_less_memory_than_it_has() {
     let path = dir.path().join("weights");
     std::fs::write(&path, bytes(20 * CHUNK + 1)).unwrap();
     let pool = pool();
-    let raw = raw_limit(&path, &pool, RawOptions { threads: 3, block_bytes: 4096 }).unwrap();
-    assert_eq!(raw.bytes, ByteSize(20 * CHUNK as u64 + 1));
-    assert_eq!(raw.choice.kind, ReaderKind::Direct);
-    assert!(raw.rate().0 > 0.0);
+    let mut slots: Vec<ChunkBuf> = std::iter::from_fn(|| pool.try_take()).collect();
+    // More threads than slots: as many as there are slots read.
+    for threads in [1, 3, 9] {
+        let raw = raw_limit(&path, &mut slots, RawOptions { threads, block_bytes: 4096 }).unwrap();
+        assert_eq!(raw.bytes, ByteSize(20 * CHUNK as u64 + 1));
+        assert_eq!(raw.choice.kind, ReaderKind::Direct);
+        assert!(raw.rate().0 > 0.0);
+        assert_eq!(slots.len(), 4, "every slot comes back");
+    }
+    let fastest = RawOptions::fastest(&path, &mut slots).unwrap();
+    assert!(RawOptions::CANDIDATES.contains(&fastest));
+    assert_eq!(slots.len(), 4);
+    let nowhere = raw_limit(&path, &mut Vec::new(), fastest).unwrap_err();
+    assert_eq!(nowhere.kind(), io::ErrorKind::OutOfMemory);
+    assert!(raw_limit(&dir.path().join("absent"), &mut slots, fastest).is_err());
+    drop(slots);
     assert_eq!(pool.usage().in_use, 0);
 }

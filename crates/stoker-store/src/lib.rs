@@ -40,4 +40,4 @@ pub use layout::{ALIGN, FileRange, Layout};
 pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use store::{Evicted, Store, StoreConfig};
-pub use stream::{ChunkStream, StreamOptions, StreamedChunk};
+pub use stream::{ChunkStream, LentSlots, StreamOptions, StreamedChunk};

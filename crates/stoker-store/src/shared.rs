@@ -172,6 +172,17 @@ impl Shared {
         Ok((id, window, progress))
     }
 
+    /// Takes out every slot that no load is promised and nobody holds. Cached chunks go; their memory stays.
+    pub(crate) fn lend(&self) -> Vec<ChunkBuf> {
+        let state = &mut *self.lock();
+        state.cache.evict(|_| true, EvictReason::Asked);
+        let free = state.cache.room(self.budget(), None).free;
+        let slots: Vec<_> = std::iter::from_fn(|| self.pool.try_take()).take(free).collect();
+        state.cache.set_aside(slots.len());
+        self.changed(state);
+        slots
+    }
+
     /// A stream is gone, or its consumer has let go of the last chunk.
     pub(crate) fn give_back(&self, slots: usize) {
         self.lock().cache.give_back(slots);

@@ -66,8 +66,9 @@ impl Work for Puller {
 
 impl Transfer {
     fn start(shared: Arc<Shared>, read: ChunkRead) {
-        let ChunkRead { job, files, position, reader, expected, buf } = read;
+        let ChunkRead { job, files, position, reader, expected, mut buf } = read;
         // Before the read: pinning makes the memory that the read would.
+        buf.populate(usize::try_from(files.chunk_len(files.order()[position])).unwrap_or(usize::MAX));
         if let Err(error) = buf.pin() {
             not_pinned(&error);
         }

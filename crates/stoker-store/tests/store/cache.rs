@@ -297,3 +297,27 @@ fn futures_poll_once<T>(future: impl Future<Output = T>) -> Option<T> {
         std::task::Poll::Pending => None,
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lent_slots_are_the_loads_own_and_leave_what_is_held() {
+    let fixture = Fixture::new(6);
+    let held = fixture.model("held", &[2 * CHUNK], Trust::Chunk);
+    let cached = fixture.model("cached", &[3 * CHUNK], Trust::Chunk);
+    let guard = fixture.load(&held).await.unwrap();
+    drop(fixture.load(&cached).await.unwrap());
+
+    let mut lent = fixture.store.lend();
+    assert_eq!(lent.slots.len(), 4);
+    assert_eq!(resident(&fixture, &cached), ByteSize::ZERO);
+    fixture.check(&held, &guard);
+    lent.slots.iter_mut().for_each(|slot| slot.fill(0xee));
+    let error = fixture.load(&cached).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { free, .. } if free == chunks(0)), "{error}");
+    drop(guard);
+    // What was free meanwhile can be had; and everything, once they are back.
+    let error = fixture.load(&cached).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { free, .. } if free == chunks(2)), "{error}");
+    drop(lent);
+    fixture.check(&cached, &fixture.load(&cached).await.unwrap());
+    assert_eq!(fixture.store.lend().slots.len(), 6);
+}
