@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use stoker_types::DType;
+use stoker_types::{ChunkSum, DType};
 
 use crate::ModelConfig;
 
@@ -85,11 +85,6 @@ pub struct FileIdentity {
     pub inode: u64,
 }
 
-/// CRC-64/NVME of one chunk of [`CHUNK_BYTES`] (the last may be shorter). In JSON 16 hexadecimal digits: an integer of
-/// 64 bits does not survive every JSON reader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChunkSum(pub u64);
-
 /// A weight file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WeightFile {
@@ -99,7 +94,7 @@ pub struct WeightFile {
     pub identity: FileIdentity,
     /// SHA-256 of the whole file in lower-case hexadecimal, where known.
     pub sha256: Option<String>,
-    /// Sums of its chunks; empty when none is known yet, else one for each chunk.
+    /// Sums of its chunks of [`CHUNK_BYTES`] (the last may be shorter); empty when none is known yet, else one for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chunk_sums: Vec<ChunkSum>,
 }
@@ -242,26 +237,5 @@ impl Manifest {
     #[must_use]
     pub fn tensor(&self, role: Role) -> Option<&Tensor> {
         self.tensors.iter().find(|t| t.role == Some(role))
-    }
-}
-
-// === impl ChunkSum ===
-
-impl Serialize for ChunkSum {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&format_args!("{:016x}", self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for ChunkSum {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
-        u64::from_str_radix(&text, 16).map(Self).map_err(serde::de::Error::custom)
-    }
-}
-
-impl std::fmt::Display for ChunkSum {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:016x}", self.0)
     }
 }

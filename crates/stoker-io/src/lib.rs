@@ -16,7 +16,6 @@ mod page_cache;
 mod pin;
 mod pool;
 mod reader;
-mod sum;
 mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
@@ -29,5 +28,4 @@ pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,
     Reason,
 };
-pub use sum::{Summing, checksum};
 pub use threads::{ReadThreads, Task, Wake, Work};

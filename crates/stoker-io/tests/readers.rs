@@ -7,9 +7,9 @@ use std::{io, path::Path, sync::mpsc};
 use proptest::prelude::*;
 use stoker_io::{
     ChunkBuf, ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError,
-    ReadMode, ReadOp, Reader, ReaderKind, Reason, checksum, drop_page_cache, raw_limit,
+    ReadMode, ReadOp, Reader, ReaderKind, Reason, drop_page_cache, raw_limit,
 };
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, ChunkSum};
 
 const CHUNK: usize = 64 << 10;
 
@@ -36,7 +36,7 @@ fn check(path: &Path, mode: ReadMode, block_bytes: usize, content: &[u8]) -> Rea
         let done = read(&*reader, &pool, (i * CHUNK) as u64, piece.len());
         let filled = done.result.unwrap();
         assert!(done.buf[..piece.len()] == *piece, "chunk {i}");
-        assert_eq!(filled.sum, Some(checksum(piece)), "chunk {i}");
+        assert_eq!(filled.sum, Some(ChunkSum::of(piece)), "chunk {i}");
     }
     reader.choice().kind
 }
@@ -76,7 +76,7 @@ proptest! {
             let done = read(&*reader, &pool, at as u64, wanted);
             if at + wanted <= len {
                 let expected = &content[at..at + wanted];
-                prop_assert_eq!(done.result.unwrap().sum, Some(checksum(expected)));
+                prop_assert_eq!(done.result.unwrap().sum, Some(ChunkSum::of(expected)));
                 prop_assert!(&done.buf[..wanted] == expected);
             } else {
                 let truncated = matches!(done.result, Err(ReadError::Truncated { at }) if at == len as u64);
@@ -141,13 +141,13 @@ fn faults_hit_what_they_are_meant_for() {
 
     files.add(fault(FaultKind::Corrupt { bits: 0x10 }));
     let untouched = read(&*reader, &pool, CHUNK as u64, CHUNK);
-    assert_eq!(untouched.result.unwrap().sum, Some(checksum(&content[CHUNK..])));
+    assert_eq!(untouched.result.unwrap().sum, Some(ChunkSum::of(&content[CHUNK..])));
     let hit = read(&*reader, &pool, 0, CHUNK);
     assert_eq!(hit.buf[100], content[100] ^ 0x10);
-    assert_eq!(hit.result.unwrap().sum, Some(checksum(&hit.buf)));
+    assert_eq!(hit.result.unwrap().sum, Some(ChunkSum::of(&hit.buf)));
     assert_eq!(
         read(&*reader, &pool, 0, CHUNK).result.unwrap().sum,
-        Some(checksum(&content[..CHUNK])),
+        Some(ChunkSum::of(&content[..CHUNK])),
         "once"
     );
 

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use stoker_checkpoint::{ChunkSum, chunk_sum, manifest::CHUNK_BYTES};
+use stoker_checkpoint::{ChunkSum, manifest::CHUNK_BYTES};
 use stoker_types::ModelName;
 
 use crate::{Entry, Registry, error::RegistryError, lock::ModelLock, registry::index_anew};
@@ -119,11 +119,11 @@ impl Registry {
             let len = usize::try_from(CHUNK_BYTES.min(total - offset)).unwrap_or(usize::MAX);
             let bytes = &mut buffer[..len];
             file.read_exact_at(bytes, offset).map_err(error())?;
-            let found = chunk_sum(bytes);
+            let found = ChunkSum::of(bytes);
             let expected = usize::try_from(chunk).ok().and_then(|chunk| known.chunk_sums.get(chunk)).copied();
             if let Some(expected) = expected.filter(|expected| *expected != found) {
                 file.read_exact_at(bytes, offset).map_err(error())?;
-                bad.push(BadChunk { chunk, offset, expected, found, found_again: chunk_sum(bytes) });
+                bad.push(BadChunk { chunk, offset, expected, found, found_again: ChunkSum::of(bytes) });
             }
             sums.push(found);
             progress.read(&path, offset + len as u64, total);

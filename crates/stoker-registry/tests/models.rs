@@ -138,7 +138,7 @@ fn sums_are_recorded_once() {
     let place = place();
     let path = place.file("m.gguf", &gguf(1000));
     place.registry.add_reference(&name("m"), &path).unwrap();
-    let sum = stoker_checkpoint::chunk_sum(&fs::read(&path).unwrap());
+    let sum = stoker_checkpoint::ChunkSum::of(&fs::read(&path).unwrap());
     let entry = place.registry.record_sums(&name("m"), 0, vec![sum]).unwrap();
     assert_eq!(entry.manifest.trust, Trust::Chunk);
     place.registry.record_sums(&name("m"), 0, vec![sum]).unwrap();

@@ -3,9 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::{
-    ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work, checksum,
-};
+use stoker_io::{ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work};
 
 use crate::{
     error::{LoadError, identity},
@@ -257,7 +255,7 @@ fn same(file: &SourceFile, reader: &dyn Reader) -> Result<(), LoadError> {
 
 /// The sum of what was read, whether or not the reader computed it in passing.
 fn sum_of(filled: &Filled, buf: &ChunkBuf, len: u64) -> ChunkSum {
-    ChunkSum(filled.sum.unwrap_or_else(|| checksum(&buf[..usize::try_from(len).unwrap_or(buf.len())])))
+    filled.sum.unwrap_or_else(|| ChunkSum::of(&buf[..usize::try_from(len).unwrap_or(buf.len())]))
 }
 
 /// A chunk that can't be pinned is copied more slowly, and rightly.

@@ -9,6 +9,7 @@ mod limits;
 mod order;
 mod sampling;
 mod seat;
+mod sum;
 mod timeline;
 mod units;
 
@@ -22,5 +23,6 @@ pub use order::{
 };
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};
+pub use sum::{ChunkSum, Summing};
 pub use timeline::{Phase, PhaseTime, Tier, TierBytes, Timeline};
 pub use units::{ByteSize, BytesPerSec, ParseByteSizeError};

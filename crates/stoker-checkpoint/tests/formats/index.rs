@@ -94,7 +94,7 @@ fn a_manifest_survives_the_disk_and_a_move() {
     // Sums, as a first load learns them.
     for (i, file) in read.files.iter().enumerate() {
         let bytes = fs::read(after.join(&file.path)).unwrap();
-        manifest.record_sums(i, vec![stoker_checkpoint::chunk_sum(&bytes)]).unwrap();
+        manifest.record_sums(i, vec![stoker_checkpoint::ChunkSum::of(&bytes)]).unwrap();
         assert_eq!(manifest.trust == Trust::Chunk, i == 3);
     }
     let other = manifest.record_sums(0, vec![stoker_checkpoint::ChunkSum(1)]).unwrap_err();

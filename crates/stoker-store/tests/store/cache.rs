@@ -2,7 +2,7 @@
 
 use crate::common::{CHUNK, Fixture, Model, rot};
 use stoker_checkpoint::{ChunkSum, Trust};
-use stoker_io::{Fault, FaultKind, Gate, checksum};
+use stoker_io::{Fault, FaultKind, Gate};
 use stoker_store::{ChunkStream, LoadError, Priority, Retry, StreamOptions};
 use stoker_types::{ByteSize, ModelName};
 use tokio_util::sync::CancellationToken;
@@ -222,7 +222,7 @@ async fn read_all(stream: &mut ChunkStream, model: &Model) -> Result<usize, Load
         let at = chunk.at();
         let content = model.content[at.file as usize].chunks(CHUNK).nth(at.index as usize).unwrap();
         assert!(*chunk == *content, "{at:?}");
-        assert_eq!(chunk.sum(), ChunkSum(checksum(content)));
+        assert_eq!(chunk.sum(), ChunkSum::of(content));
         seen += 1;
     }
     Ok(seen)

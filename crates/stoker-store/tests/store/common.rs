@@ -9,7 +9,7 @@ use std::{
 };
 
 use stoker_checkpoint::{ChunkSum, FileIdentity, Trust};
-use stoker_io::{FaultyFiles, LocalFiles, MappedFile, checksum};
+use stoker_io::{FaultyFiles, LocalFiles, MappedFile};
 use stoker_store::{CheckpointFiles, Priority, Resident, SourceFile, Store, StoreConfig};
 use stoker_types::{ByteSize, ModelName};
 use tokio_util::sync::CancellationToken;
@@ -84,7 +84,7 @@ pub(crate) fn describe(name: &str, paths: &[PathBuf], content: &[Vec<u8>], trust
             path: path.clone(),
             identity: identity(path),
             chunk_sums: match trust {
-                Trust::Chunk => content.chunks(CHUNK).map(|chunk| ChunkSum(checksum(chunk))).collect(),
+                Trust::Chunk => content.chunks(CHUNK).map(ChunkSum::of).collect(),
                 _ => Vec::new(),
             },
         })
@@ -114,7 +114,7 @@ pub(crate) fn rot(path: &Path, at: u64, bits: u8) {
 
 /// Bytes that no other file has.
 pub(crate) fn bytes(name: &str, seed: u64, len: usize) -> Vec<u8> {
-    let mut random = Random(checksum(name.as_bytes()) ^ seed);
+    let mut random = Random(ChunkSum::of(name.as_bytes()).0 ^ seed);
     let mut bytes: Vec<u8> =
         std::iter::repeat_with(|| random.next().to_le_bytes()).take(len / 8 + 1).flatten().collect();
     bytes.truncate(len);

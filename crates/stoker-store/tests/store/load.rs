@@ -4,7 +4,7 @@ use std::{fs, io, time::Duration};
 
 use crate::common::{CHUNK, Fixture, describe, rot};
 use stoker_checkpoint::{ChunkSum, Trust};
-use stoker_io::{Fault, FaultKind, Gate, checksum};
+use stoker_io::{Fault, FaultKind, Gate};
 use stoker_store::{LoadError, Priority, Retry};
 use stoker_types::{ByteSize, Tier};
 use tokio_util::sync::CancellationToken;
@@ -43,11 +43,8 @@ async fn unknown_sums_are_learned_and_hold_from_then_on() {
     let fixture = Fixture::new(8);
     let model = fixture.model("m", &[3 * CHUNK + 7, 100], Trust::None);
     let resident = fixture.load(&model).await.unwrap();
-    let sums: Vec<Vec<ChunkSum>> = model
-        .content
-        .iter()
-        .map(|file| file.chunks(CHUNK).map(|chunk| ChunkSum(checksum(chunk))).collect())
-        .collect();
+    let sums: Vec<Vec<ChunkSum>> =
+        model.content.iter().map(|file| file.chunks(CHUNK).map(ChunkSum::of).collect()).collect();
     assert_eq!(resident.report().learned.as_ref(), Some(&sums));
     drop(resident);
 
@@ -73,7 +70,7 @@ async fn a_flipped_byte_on_disk_is_named() {
         panic!("{error}")
     };
     assert_eq!((path, *chunk, *offset), (&model.paths[1], 5, 5 * CHUNK as u64));
-    assert_eq!(expected.0, checksum(&model.content[1][5 * CHUNK..]));
+    assert_eq!(*expected, ChunkSum::of(&model.content[1][5 * CHUNK..]));
     assert_ne!(found, expected);
     assert_eq!(found, again);
     assert!(error.to_string().contains("the file is corrupt"), "{error}");
