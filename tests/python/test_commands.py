@@ -69,6 +69,28 @@ def test_a_flipped_byte_is_never_served(gguf, tmp_path):
         assert "copy.gguf" in body["error"]["message"] and "chunk" in body["error"]["message"]
 
 
+def test_a_replaced_file_is_indexed_anew(gguf, tmp_path):
+    path = tmp_path / "copy.gguf"
+    path.write_bytes(gguf.read_bytes())
+    config = f'[models.a]\npath = "{path}"\ncontext = 512\n'
+    ask = ("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})
+    with Server(config, ("--dram", "256MiB", "--kv", "256MiB")) as server:
+        status, body, _ = server.post(*ask)
+        assert status == 200, body
+        server.json("unload", "a")
+        beside = tmp_path / "beside.gguf"
+        beside.write_bytes(gguf.read_bytes())
+        beside.rename(path)
+        # The prompt is made of the old file's tokens: not for the new one.
+        status, body, headers = server.post(*ask)
+        assert status == 503 and body["error"]["code"] == "model_changed", body
+        assert "copy.gguf" in body["error"]["message"]
+        assert "changed on disk since it was added" in body["error"]["message"]
+        assert headers["retry-after"] == "1" and "x-should-retry" not in headers
+        status, body, _ = server.post(*ask)
+        assert status == 200, body
+
+
 def test_preload_pin_unload(gguf):
     with Server(f'[models.a]\npath = "{gguf}"\ncontext = 512\n', ("--dram", "256MiB")) as server:
         assert server.json("ps")["instances"] == []

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use stoker_types::{ChunkSum, DType};
+use stoker_types::{ChunkSum, DType, FileChange};
 
 use crate::ModelConfig;
 
@@ -206,6 +206,21 @@ pub struct GenerationDefaults {
     pub eos_ids: Vec<u32>,
     /// The id that begins a text.
     pub bos_id: Option<u32>,
+}
+
+// === impl FileIdentity ===
+
+impl FileIdentity {
+    /// What is not as it was, given what is there now; `None`: nothing. What says most comes first.
+    #[must_use]
+    pub fn change(&self, now: Option<&Self>) -> Option<FileChange> {
+        match now {
+            None => Some(FileChange::Gone),
+            Some(now) if now.len != self.len => Some(FileChange::Length { was: self.len, is: now.len }),
+            Some(now) if now.inode != self.inode => Some(FileChange::Replaced),
+            Some(now) => (now.mtime_ns != self.mtime_ns).then_some(FileChange::Written),
+        }
+    }
 }
 
 // === impl Manifest ===

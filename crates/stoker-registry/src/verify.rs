@@ -7,7 +7,7 @@ use std::{
 };
 
 use stoker_checkpoint::{ChunkSum, manifest::CHUNK_BYTES};
-use stoker_types::ModelName;
+use stoker_types::{FileChange, ModelName};
 
 use crate::{Entry, Registry, error::RegistryError, lock::ModelLock, registry::index_anew};
 
@@ -104,7 +104,7 @@ impl Registry {
         &self,
         entry: &mut Entry,
         index: usize,
-        changed: &[PathBuf],
+        changed: &[(PathBuf, FileChange)],
         progress: &mut dyn VerifyProgress,
     ) -> Result<FileReport, RegistryError> {
         let path = entry.manifest.file_path(&entry.dir, index);
@@ -132,7 +132,11 @@ impl Registry {
             FileOutcome::Corrupt(bad)
         } else if known.chunk_sums.is_empty() && total > 0 {
             entry.manifest.record_sums(index, sums)?;
-            if changed.contains(&path) { FileOutcome::Changed } else { FileOutcome::Recorded }
+            if changed.iter().any(|(changed, _)| *changed == path) {
+                FileOutcome::Changed
+            } else {
+                FileOutcome::Recorded
+            }
         } else {
             FileOutcome::Sound
         };

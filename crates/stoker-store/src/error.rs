@@ -60,7 +60,7 @@ pub enum LoadError {
         again: ChunkSum,
     },
     /// The file is no longer the one that was indexed.
-    #[error("{path} has changed since it was indexed: {}", change(was, is))]
+    #[error("{path} has changed since it was indexed: {}", change(was, is.as_ref()))]
     Changed {
         /// The file.
         path: PathBuf,
@@ -185,11 +185,6 @@ pub(crate) fn identity(stamp: FileStamp) -> FileIdentity {
     FileIdentity { len: stamp.len, mtime_ns: stamp.mtime_ns, inode: stamp.inode }
 }
 
-fn change(was: &FileIdentity, is: &Option<FileIdentity>) -> String {
-    match is {
-        None => "it is gone".to_owned(),
-        Some(is) if is.len != was.len => format!("{} bytes, were {}", is.len, was.len),
-        Some(is) if is.inode != was.inode => "another file is in its place".to_owned(),
-        Some(_) => "it was written to".to_owned(),
-    }
+fn change(was: &FileIdentity, is: Option<&FileIdentity>) -> String {
+    was.change(is).as_ref().map_or_else(String::new, ToString::to_string)
 }

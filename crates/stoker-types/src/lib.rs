@@ -18,8 +18,8 @@ pub use dtype::DType;
 pub use ids::{ClientId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
 pub use limits::QueueLimits;
 pub use order::{
-    NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate, WorkerState,
-    WorkerStatus,
+    FileChange, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate,
+    WorkerState, WorkerStatus,
 };
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};

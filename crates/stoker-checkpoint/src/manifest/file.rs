@@ -13,6 +13,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor},
 };
+use stoker_types::FileChange;
 
 use super::{
     CHUNK_BYTES, ChunkSum, FileIdentity, Format, MANIFEST_VERSION, Manifest, Source, TokenizerFiles, Trust,
@@ -115,14 +116,14 @@ impl Manifest {
         write_atomically(&path, &bytes)
     }
 
-    /// The weight files that are not those that were indexed: replaced, changed in length or time, or gone.
+    /// The weight files that are not those that were indexed, and how they differ.
     #[must_use]
-    pub fn changed_files(&self, dir: &Path) -> Vec<PathBuf> {
+    pub fn changed_files(&self, dir: &Path) -> Vec<(PathBuf, FileChange)> {
         let mut changed = Vec::new();
         for file in &self.files {
             let path = dir.join(&file.path);
-            if identity_of(&path).ok() != Some(file.identity) {
-                changed.push(path);
+            if let Some(change) = file.identity.change(identity_of(&path).ok().as_ref()) {
+                changed.push((path, change));
             }
         }
         changed

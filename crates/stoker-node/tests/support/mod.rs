@@ -21,7 +21,8 @@ use stoker_checkpoint::{
 use stoker_node::{Catalog, CatalogEntry, Node, NodeConfig, Watchdog, WorkerConfig};
 use stoker_store::{Store, StoreConfig};
 use stoker_types::{
-    ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartOrder, WorkerId, WorkerState,
+    ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, WorkerId,
+    WorkerState,
 };
 use tokio::{sync::broadcast, time::timeout};
 
@@ -39,8 +40,8 @@ pub(crate) struct Bed {
 pub(crate) struct Models(pub(crate) HashMap<ModelName, CatalogEntry>);
 
 impl Catalog for Models {
-    fn lookup(&self, model: &ModelName) -> Option<CatalogEntry> {
-        self.0.get(model).cloned()
+    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
+        self.0.get(model).cloned().ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })
     }
 
     fn learned(&self, _: &ModelName, _: Vec<Vec<ChunkSum>>) {}
