@@ -1,9 +1,6 @@
 //! Real files: the tiny models of this repository, and the default model's GGUF.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use stoker_checkpoint::{
     CheckpointError, Format, Manifest, ManifestSummary, Part, Role, RopeLayout, RopeScaling, TokenizerFiles,
