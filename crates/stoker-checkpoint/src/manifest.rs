@@ -58,7 +58,7 @@ pub struct Source {
 pub enum Trust {
     /// A sum for every chunk is known: checked before use.
     Chunk,
-    /// Only a whole-file hash is known.
+    /// Of some files only a hash of the whole is known: checked before the first use, when chunk sums are recorded.
     File,
     /// A local import: sums are recorded at the first load.
     None,

@@ -379,7 +379,7 @@ fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
             // The same again by now: it was written to meanwhile.
             change: was.change(is.as_ref()).unwrap_or(FileChange::Written),
         },
-        LoadError::Corrupt { .. } => StartFailure::Corrupt { model, detail },
+        LoadError::Corrupt { .. } | LoadError::WrongHash { .. } => StartFailure::Corrupt { model, detail },
         LoadError::Cancelled | LoadError::Closed => StartFailure::Cancelled { model },
         _ => StartFailure::Read { model, detail },
     }

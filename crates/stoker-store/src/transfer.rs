@@ -8,6 +8,7 @@ use stoker_io::{ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadO
 use crate::{
     error::{LoadError, identity},
     files::{CheckpointFiles, SourceFile},
+    hash,
     job::{Assignment, ChunkRead, JobId},
     shared::Shared,
 };
@@ -49,12 +50,15 @@ impl Work for Puller {
                 shared.opened(job, opened);
             })),
             Assignment::Read(read) => Some(Box::new(move || Transfer::start(shared, read))),
-            Assignment::Check { job, files, readers } => Some(Box::new(move || {
+            Assignment::Check { job, files, readers, to_hash } => Some(Box::new(move || {
                 let step = Step::begin(&shared, job, &files);
-                let checked =
+                let hashed =
+                    to_hash.map_or(Ok(()), |chunks| hash::check(&files, chunks, || shared.goes_on(job)));
+                // A file that was written to is not called wrong.
+                let same =
                     files.files().iter().zip(&readers).try_for_each(|(file, reader)| same(file, &**reader));
                 step.end();
-                shared.finished(job, checked);
+                shared.finished(job, same.and(hashed));
             })),
         }
     }
@@ -64,7 +68,7 @@ impl Work for Puller {
 
 impl Transfer {
     fn start(shared: Arc<Shared>, read: ChunkRead) {
-        let ChunkRead { job, files, position, reader, expected, mut buf } = read;
+        let ChunkRead { job, files, position, reader, expected, buf } = read;
         // Before the read: pinning makes the memory that the read would.
         buf.populate(usize::try_from(files.chunk_len(files.order()[position])).unwrap_or(usize::MAX));
         if let Err(error) = buf.pin() {

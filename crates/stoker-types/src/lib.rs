@@ -23,6 +23,6 @@ pub use order::{
 };
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};
-pub use sum::{ChunkSum, Summing};
+pub use sum::{ChunkSum, Summing, hex};
 pub use timeline::{Phase, PhaseTime, Tier, TierBytes, Timeline};
 pub use units::{ByteSize, BytesPerSec, ParseByteSizeError};

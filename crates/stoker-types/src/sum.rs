@@ -1,6 +1,9 @@
-//! The checksum of a chunk of a weight file.
+//! The checksum of a chunk of a weight file, and how hashes are written.
 
-use std::{borrow::Cow, fmt};
+use std::{
+    borrow::Cow,
+    fmt::{self, Write as _},
+};
 
 use crc_fast::{CrcAlgorithm, Digest};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -12,6 +15,16 @@ pub struct ChunkSum(pub u64);
 
 /// A sum in the making.
 pub struct Summing(Digest);
+
+/// Bytes as lower-case hexadecimal, as hashes are written.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a string can't fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
 
 // === impl ChunkSum ===
 

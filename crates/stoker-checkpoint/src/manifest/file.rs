@@ -173,6 +173,11 @@ impl Manifest {
             }
             let hex =
                 |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            if self.trust == Trust::File && sums == 0 && chunks > 0 && file.sha256.is_none() {
+                return Err(bad(format!(
+                    "`{shown_path}` has neither a hash nor sums, in spite of the trust level"
+                )));
+            }
             if file.sha256.as_deref().is_some_and(|text| !hex(text)) {
                 return Err(bad(format!("the sha256 of `{shown_path}` is not 64 hexadecimal digits")));
             }

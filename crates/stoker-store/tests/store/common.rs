@@ -8,10 +8,11 @@ use std::{
     sync::Arc,
 };
 
+use sha2::{Digest, Sha256};
 use stoker_checkpoint::{ChunkSum, FileIdentity, Trust};
 use stoker_io::{FaultyFiles, LocalFiles, MappedFile};
 use stoker_store::{CheckpointFiles, Priority, Resident, SourceFile, Store, StoreConfig};
-use stoker_types::{ByteSize, ModelName};
+use stoker_types::{ByteSize, ModelName, hex};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -87,9 +88,15 @@ pub(crate) fn describe(name: &str, paths: &[PathBuf], content: &[Vec<u8>], trust
                 Trust::Chunk => content.chunks(CHUNK).map(ChunkSum::of).collect(),
                 _ => Vec::new(),
             },
+            sha256: (trust == Trust::File).then(|| sha256(content)),
         })
         .collect();
     CheckpointFiles::new(ModelName::new(name).unwrap(), files, trust, CHUNK as u64, []).unwrap()
+}
+
+/// In lower-case hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 pub(crate) fn identity(path: &Path) -> FileIdentity {

@@ -200,7 +200,7 @@ fn files(
     let name = ModelName::new("bench")?;
     let plain = |path: &Path| -> anyhow::Result<CheckpointFiles> {
         let identity = identity_of(path)?;
-        let file = SourceFile { path: path.into(), identity, chunk_sums: Vec::new() };
+        let file = SourceFile { path: path.into(), identity, chunk_sums: Vec::new(), sha256: None };
         Ok(CheckpointFiles::new(name.clone(), vec![file], Trust::None, CHUNK_BYTES, [])?)
     };
     if let Some(size) = args.model.strip_prefix("synth:") {
