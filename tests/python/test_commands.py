@@ -1,5 +1,6 @@
 """The commands, with and without a running server."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -67,6 +68,67 @@ def test_a_flipped_byte_is_never_served(gguf, tmp_path):
         )
         assert status == 500, body
         assert "copy.gguf" in body["error"]["message"] and "chunk" in body["error"]["message"]
+
+
+def test_a_replaced_file_is_indexed_anew(gguf, tmp_path):
+    path = tmp_path / "copy.gguf"
+    path.write_bytes(gguf.read_bytes())
+    config = f'[models.a]\npath = "{path}"\ncontext = 512\n'
+    ask = ("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})
+    with Server(config, ("--dram", "256MiB", "--kv", "256MiB")) as server:
+        status, body, _ = server.post(*ask)
+        assert status == 200, body
+        server.json("unload", "a")
+        beside = tmp_path / "beside.gguf"
+        beside.write_bytes(gguf.read_bytes())
+        beside.rename(path)
+        # The prompt is made of the old file's tokens: not for the new one.
+        status, body, headers = server.post(*ask)
+        assert status == 503 and body["error"]["code"] == "model_changed", body
+        assert "copy.gguf" in body["error"]["message"]
+        assert "changed on disk since it was added" in body["error"]["message"]
+        assert headers["retry-after"] == "1" and "x-should-retry" not in headers
+        status, body, _ = server.post(*ask)
+        assert status == 200, body
+
+
+def test_a_file_with_only_a_hash_is_checked_before_it_is_served(gguf, tmp_path):
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    (tmp_path / "blobs").mkdir()
+    blob = tmp_path / "blobs" / f"sha256-{digest}"
+    blob.write_bytes(gguf.read_bytes())
+    (tmp_path / "m.gguf").symlink_to(blob)
+    config = f'[models.a]\npath = "{tmp_path}/m.gguf"\ncontext = 512\n'
+    ask = ("/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})
+    flags = ("--dram", "256MiB", "--kv", "256MiB")
+
+    def flip():
+        stat = blob.stat()
+        with blob.open("r+b") as file:
+            file.seek(50_000_000)
+            byte = file.read(1)
+            file.seek(50_000_000)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(blob, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    flip()
+    with Server(config, flags) as server:
+        assert server.json("show", "a")["trust"] == "file"
+        status, body, _ = server.post(*ask)
+        assert status == 500 and body["error"]["code"] == "checkpoint_corrupt", body
+        wrong = hashlib.sha256(blob.read_bytes()).hexdigest()
+        assert digest in body["error"]["message"] and wrong in body["error"]["message"]
+        assert server.json("show", "a")["trust"] == "file"
+        done = server.command("--json", "verify", "a", check=False)
+        assert done.returncode != 0 and wrong in done.stdout
+    flip()
+    with Server(config, flags) as server:
+        status, body, _ = server.post(*ask)
+        assert status == 200, body
+        # The sums are written after the answer.
+        deadline = time.monotonic() + 20
+        while server.json("show", "a")["trust"] != "chunk":
+            assert time.monotonic() < deadline
 
 
 def test_preload_pin_unload(gguf):

@@ -222,7 +222,7 @@ fn add_file(
     files.push(WeightFile {
         path: path.to_owned(),
         identity: identity_of(path)?,
-        sha256: None,
+        sha256: hash_in_name(path),
         chunk_sums: Vec::new(),
     });
     tensors.extend(found.into_iter().map(|t| Tensor {
@@ -235,6 +235,16 @@ fn add_file(
         len: t.len,
     }));
     Ok(())
+}
+
+/// The SHA-256 that names a file in the stores of others: the Hugging Face cache has links to `blobs/HASH`, Ollama
+/// `blobs/sha256-HASH`.
+fn hash_in_name(path: &Path) -> Option<String> {
+    let path = fs::canonicalize(path).ok()?;
+    let name = path.file_name()?.to_str()?;
+    let hash = name.strip_prefix("sha256-").unwrap_or(name);
+    let is_hash = hash.len() == 64 && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    (is_hash && path.parent()?.file_name()? == "blobs").then(|| hash.to_owned())
 }
 
 fn finish(
@@ -258,10 +268,12 @@ fn finish(
             None => (Some(config), None),
         },
     };
+    let hashed = !files.is_empty() && files.iter().all(|file| file.sha256.is_some());
+    let trust = if hashed { Trust::File } else { Trust::None };
     Ok(Manifest {
         version: MANIFEST_VERSION,
         source,
-        trust: Trust::None,
+        trust,
         format,
         config,
         refusal,

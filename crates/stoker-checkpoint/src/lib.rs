@@ -24,7 +24,8 @@ pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
 pub use error::CheckpointError;
 pub use index::index;
 pub use manifest::{
-    ChunkSum, FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source,
-    Tensor, TokenizerFiles, Trust, WeightFile, identity_of,
+    FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source, Tensor,
+    TokenizerFiles, Trust, WeightFile, identity_of,
 };
-pub use sums::chunk_sum;
+/// The type of [`WeightFile::chunk_sums`].
+pub use stoker_types::ChunkSum;

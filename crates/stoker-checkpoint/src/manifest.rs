@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use stoker_types::DType;
+use stoker_types::{ChunkSum, DType, FileChange};
 
 use crate::ModelConfig;
 
@@ -58,7 +58,7 @@ pub struct Source {
 pub enum Trust {
     /// A sum for every chunk is known: checked before use.
     Chunk,
-    /// Only a whole-file hash is known.
+    /// Of some files only a hash of the whole is known: checked before the first use, when chunk sums are recorded.
     File,
     /// A local import: sums are recorded at the first load.
     None,
@@ -85,11 +85,6 @@ pub struct FileIdentity {
     pub inode: u64,
 }
 
-/// CRC-64/NVME of one chunk of [`CHUNK_BYTES`] (the last may be shorter). In JSON 16 hexadecimal digits: an integer of
-/// 64 bits does not survive every JSON reader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChunkSum(pub u64);
-
 /// A weight file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WeightFile {
@@ -99,7 +94,7 @@ pub struct WeightFile {
     pub identity: FileIdentity,
     /// SHA-256 of the whole file in lower-case hexadecimal, where known.
     pub sha256: Option<String>,
-    /// Sums of its chunks; empty when none is known yet, else one for each chunk.
+    /// Sums of its chunks of [`CHUNK_BYTES`] (the last may be shorter); empty when none is known yet, else one for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chunk_sums: Vec<ChunkSum>,
 }
@@ -213,6 +208,21 @@ pub struct GenerationDefaults {
     pub bos_id: Option<u32>,
 }
 
+// === impl FileIdentity ===
+
+impl FileIdentity {
+    /// What is not as it was, given what is there now; `None`: nothing. What says most comes first.
+    #[must_use]
+    pub fn change(&self, now: Option<&Self>) -> Option<FileChange> {
+        match now {
+            None => Some(FileChange::Gone),
+            Some(now) if now.len != self.len => Some(FileChange::Length { was: self.len, is: now.len }),
+            Some(now) if now.inode != self.inode => Some(FileChange::Replaced),
+            Some(now) => (now.mtime_ns != self.mtime_ns).then_some(FileChange::Written),
+        }
+    }
+}
+
 // === impl Manifest ===
 
 impl Manifest {
@@ -242,26 +252,5 @@ impl Manifest {
     #[must_use]
     pub fn tensor(&self, role: Role) -> Option<&Tensor> {
         self.tensors.iter().find(|t| t.role == Some(role))
-    }
-}
-
-// === impl ChunkSum ===
-
-impl Serialize for ChunkSum {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&format_args!("{:016x}", self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for ChunkSum {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
-        u64::from_str_radix(&text, 16).map(Self).map_err(serde::de::Error::custom)
-    }
-}
-
-impl std::fmt::Display for ChunkSum {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:016x}", self.0)
     }
 }

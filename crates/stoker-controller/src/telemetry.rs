@@ -42,6 +42,7 @@ pub(crate) fn start_failed(failure: &StartFailure) {
         StartFailure::NotRunnable { .. } => "not_runnable",
         StartFailure::OutOfMemory { .. } => "out_of_memory",
         StartFailure::Corrupt { .. } => "corrupt",
+        StartFailure::Changed { .. } => "changed",
         StartFailure::Read { .. } => "read",
         StartFailure::Worker { .. } => "worker",
         StartFailure::Cancelled { .. } => "cancelled",

@@ -11,11 +11,11 @@ use stoker_engine::{
     load_model,
 };
 use stoker_types::{DType, Sampling};
-use support::{Checkpoint, LIMITS, Random, Tokens, data, greedy, logits_from, run};
+use support::{Checkpoint, LIMITS, Random, Tokens, data, greedy, logits_in_chunks, run};
 
 const VOCAB: usize = 259;
 
-/// Every kind of arithmetic that the engine has, and every variant of the family.
+/// Every type that the engine computes with, and every variant of the family.
 fn checkpoints() -> Vec<(&'static str, Checkpoint)> {
     let read = |name: &str| Checkpoint::read(&data(name));
     vec![
@@ -25,6 +25,8 @@ fn checkpoints() -> Vec<(&'static str, Checkpoint)> {
         ("bf16", read("tiny-llama-bf16-sharded")),
         ("Q8_0", read("tiny-llama3").quantised(DType::Q8_0)),
         ("Q4_1, window", read("tiny-mistral").quantised(DType::Q4_1)),
+        ("every type", Checkpoint::of_every_type(0)),
+        ("every type, elsewhere", Checkpoint::of_every_type(7)),
     ]
 }
 
@@ -32,17 +34,23 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|logit| logit.to_bits()).collect()
 }
 
-/// A sequence in the random schedule of [`logits_by_any_schedule`].
+/// A sequence in the schedule of [`check_logits`].
 struct Running<'a> {
     tokens: &'a [u32],
     computed: usize,
     blocks: Vec<u32>,
 }
 
-/// Computes the sequences in random chunks and batches, with blocks in random places, and compares each row's logits.
-fn logits_by_any_schedule(model: &mut dyn Model, texts: &[Vec<u32>], expected: &[Vec<Vec<u32>>], seed: u64) {
-    let mut random = Random(seed);
-    let blocks_each = 1 + 200 / BLOCK_TOKENS;
+/// Computes the sequences in batches, with blocks in random places, and compares each row's logits. `rows_next` says how
+/// many rows of each sequence come next, given how many each has left: none leaves it out, one decodes, more prefill.
+fn check_logits(
+    model: &mut dyn Model,
+    texts: &[Vec<u32>],
+    expected: &[Vec<Vec<u32>>],
+    random: &mut Random,
+    mut rows_next: impl FnMut(&mut Random, &[usize]) -> Vec<usize>,
+) {
+    let blocks_each = 1 + texts.iter().map(Vec::len).max().unwrap() / BLOCK_TOKENS;
     let mut free: Vec<u32> = (0..u32::try_from(texts.len() * blocks_each).unwrap()).collect();
     for at in (1..free.len()).rev() {
         free.swap(at, random.below(at + 1));
@@ -55,11 +63,8 @@ fn logits_by_any_schedule(model: &mut dyn Model, texts: &[Vec<u32>], expected: &
         .collect();
     let mut logits = Vec::new();
     while running.iter().any(|s| s.computed < s.tokens.len()) {
-        // Zero rows leaves a sequence out of this batch, one decodes, more prefill.
-        let rows: Vec<usize> = running
-            .iter()
-            .map(|s| [0, 1, 1, random.below(90)][random.below(4)].min(s.tokens.len() - s.computed))
-            .collect();
+        let left: Vec<usize> = running.iter().map(|s| s.tokens.len() - s.computed).collect();
+        let rows = rows_next(random, &left);
         let mut tokens = Vec::new();
         let mut spans = Vec::new();
         let mut places = Vec::new();
@@ -94,16 +99,48 @@ fn logits_by_any_schedule(model: &mut dyn Model, texts: &[Vec<u32>], expected: &
     }
 }
 
+/// The bits of every row's logits, each sequence computed on its own in batches of at most `rows`.
+fn logits_alone(model: &mut dyn Model, texts: &[Vec<u32>], rows: usize) -> Vec<Vec<Vec<u32>>> {
+    let alone = |text: &Vec<u32>| {
+        let all = logits_in_chunks(model, text, 0, rows);
+        assert!(all.iter().flatten().all(|logit| logit.is_finite()), "nothing to compare");
+        assert!(all.iter().all(|row| row.iter().any(|logit| *logit != row[0])), "nothing to compare");
+        all.iter().map(|row| bits(row)).collect()
+    };
+    texts.iter().map(alone).collect()
+}
+
+#[test]
+fn one_row_at_a_time_or_512_at_once() {
+    // Around the sizes where kernels change their way, and the largest.
+    const ROWS: [usize; 17] = [2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 255, 256, 512];
+    for first in [0, 7] {
+        let checkpoint = Checkpoint::of_every_type(first);
+        let mut random = Random(7);
+        let texts: Vec<Vec<u32>> = [256, 200, 56].iter().map(|n| random.ids(*n, VOCAB)).collect();
+        let mut model = checkpoint.model(2);
+        let expected = logits_alone(&mut *model, &texts, 1);
+        for rows in ROWS {
+            eprintln!("{first}, batches of {rows}");
+            // An equal share for each sequence, the rest for the first that has some.
+            check_logits(&mut *model, &texts, &expected, &mut random, |_, left| {
+                let mut next: Vec<usize> = left.iter().map(|left| (rows / 3).min(*left)).collect();
+                for (i, left) in left.iter().enumerate() {
+                    let free = rows - next.iter().sum::<usize>();
+                    next[i] += free.min(left - next[i]);
+                }
+                next
+            });
+        }
+    }
+}
+
 #[test]
 fn logits_do_not_depend_on_batch_chunks_threads_or_instructions() {
     for (name, checkpoint) in checkpoints() {
         let mut random = Random(11);
         let texts: Vec<Vec<u32>> = [190, 75, 33, 32, 7].iter().map(|n| random.ids(*n, VOCAB)).collect();
-        let mut alone = checkpoint.model(1);
-        let expected: Vec<Vec<Vec<u32>>> = texts
-            .iter()
-            .map(|text| logits_from(&mut *alone, text, 0).iter().map(|row| bits(row)).collect())
-            .collect();
+        let expected = logits_alone(&mut *checkpoint.model(1), &texts, usize::MAX);
         for isa in Isa::available() {
             for threads in [1, 3] {
                 let threads = Arc::new(Threads::with_isa(threads, isa).unwrap());
@@ -111,7 +148,10 @@ fn logits_do_not_depend_on_batch_chunks_threads_or_instructions() {
                 let mut model = load_model(&checkpoint.manifest, regions, threads, &LIMITS).unwrap();
                 for seed in 0..2 {
                     eprintln!("{name}, {}, seed {seed}", isa.name());
-                    logits_by_any_schedule(&mut *model, &texts, &expected, seed);
+                    check_logits(&mut *model, &texts, &expected, &mut Random(seed), |random, left| {
+                        let any = |left: &usize| [0, 1, 1, random.below(90)][random.below(4)].min(*left);
+                        left.iter().map(any).collect()
+                    });
                 }
             }
         }

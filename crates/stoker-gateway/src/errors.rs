@@ -21,6 +21,9 @@ pub const ETA_MS: &str = "x-stoker-eta-ms";
 
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
 
+/// After files changed: the next request finds the new ones, so the least that the header can say.
+const CHANGED_RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// An error on its way to the client.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -238,6 +241,7 @@ impl From<StartFailure> for ApiError {
             StartFailure::NotRunnable { .. } => (StatusCode::BAD_REQUEST, "model_not_runnable"),
             StartFailure::OutOfMemory { .. } => (StatusCode::INSUFFICIENT_STORAGE, "out_of_memory"),
             StartFailure::Corrupt { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "checkpoint_corrupt"),
+            StartFailure::Changed { .. } => (StatusCode::SERVICE_UNAVAILABLE, "model_changed"),
             StartFailure::Read { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "read_failed"),
             StartFailure::Worker { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "worker_failed"),
             StartFailure::Cancelled { .. } => (StatusCode::SERVICE_UNAVAILABLE, "start_cancelled"),
@@ -248,6 +252,9 @@ impl From<StartFailure> for ApiError {
             error.param = Some("model".into());
         }
         error.permanent = matches!(failure, StartFailure::Corrupt { .. });
+        if matches!(failure, StartFailure::Changed { .. }) {
+            error.retry_after = Some(CHANGED_RETRY_AFTER);
+        }
         error
     }
 }
@@ -313,7 +320,7 @@ fn thousands(n: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use stoker_types::{ByteSize, Generation, ModelName};
+    use stoker_types::{ByteSize, FileChange, Generation, ModelName};
 
     use super::*;
 
@@ -376,6 +383,16 @@ mod tests {
                 None,
             ),
             (start(StartFailure::Corrupt { model: model(), detail: "chunk 3".into() }), 500, None, None),
+            (
+                start(StartFailure::Changed {
+                    model: model(),
+                    file: "m.gguf".into(),
+                    change: FileChange::Length { was: 1, is: 2 },
+                }),
+                503,
+                Some("1"),
+                Some("1000"),
+            ),
             (start(StartFailure::Read { model: model(), detail: "eio".into() }), 500, None, None),
             (start(StartFailure::Worker { model: model(), detail: "signal 9".into() }), 500, None, None),
             (start(StartFailure::Cancelled { model: model() }), 503, None, None),

@@ -4,10 +4,9 @@ use std::{io, ops::Range, path::Path, sync::Arc};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::{
-    reader::{Choice, Completion, FileStamp, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader},
-    sum::checksum,
-};
+use stoker_types::ChunkSum;
+
+use crate::reader::{Choice, Completion, FileStamp, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader};
 
 /// A fault: what happens to reads that touch some bytes of a file.
 #[derive(Debug, Clone)]
@@ -154,7 +153,7 @@ impl Reader for FaultyReader {
                 }
                 if let (Ok(filled), Ok(len)) = (&mut read.result, usize::try_from(len)) {
                     // The medium lied, so the sum must be that of the lie.
-                    filled.sum = filled.sum.map(|_| checksum(&read.buf[..len]));
+                    filled.sum = filled.sum.map(|_| ChunkSum::of(&read.buf[..len]));
                 }
                 done(read);
             }),

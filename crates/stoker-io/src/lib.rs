@@ -18,7 +18,6 @@ mod pin;
 mod pool;
 mod priority;
 mod reader;
-mod sum;
 mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
@@ -32,5 +31,4 @@ pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,
     Reason,
 };
-pub use sum::{Summing, checksum};
 pub use threads::{ReadThreads, Task, Wake, Work};

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags};
-use stoker_types::clock;
+use stoker_types::{Summing, clock};
 
 use crate::{
     page_cache,
@@ -21,7 +21,6 @@ use crate::{
         Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader,
         ReaderKind, Reason,
     },
-    sum::{PIECE_BYTES, Summing},
 };
 
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of the kernel's `magic.h`.
@@ -29,6 +28,9 @@ const MEMORY_FILE_SYSTEMS: [u32; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// From this part of the file in the page cache on, a buffered read is taken to be faster, percent.
 const PAGE_CACHE_PERCENT: u8 = 60;
+
+/// Bytes summed at a time: a piece that was just written is still in the cache of the core that wrote it.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// Opens local files.
 #[derive(Debug, Clone, Copy)]
@@ -167,6 +169,7 @@ impl Reader for LocalFile {
 
     fn read(&self, mut op: ReadOp, done: Completion) {
         assert!(op.len <= op.buf.len(), "a read of {} bytes into a buffer of {}", op.len, op.buf.len());
+        op.buf.populate(op.len);
         let result = self.fill(&mut op);
         done(ReadDone { buf: op.buf, result });
     }

@@ -9,8 +9,8 @@ use rustix::{
     mm::{Advice, MapFlags, ProtFlags},
 };
 
-/// Huge pages need the same alignment in memory and in the pool's file.
-const ALIGN: usize = 2 << 20;
+/// Huge pages need the same alignment in memory and in the pool's file, bytes.
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Why a file can't be mapped from the pool.
 #[derive(Debug, thiserror::Error)]
@@ -75,12 +75,13 @@ pub struct MappedLocal {
 }
 
 /// A range of address space that is unmapped on drop.
-struct Range {
-    base: NonNull<c_void>,
+pub(crate) struct Range {
+    pub(crate) base: NonNull<c_void>,
     len: usize,
 }
 
-// SAFETY: the memory is only read, and belongs to the value.
+// SAFETY: plain memory that belongs to the value. It is only read, except by the pool, each of whose slots has one owner
+// at a time (`ChunkBuf`).
 unsafe impl Send for Range {}
 // SAFETY: as above.
 unsafe impl Sync for Range {}
@@ -232,8 +233,8 @@ impl Deref for MappedLocal {
 
 impl Range {
     /// Address space for `len` bytes, aligned for huge pages, without access.
-    fn reserve(len: usize) -> Result<Self, rustix::io::Errno> {
-        let padded = len.max(1).checked_add(ALIGN).ok_or(rustix::io::Errno::NOMEM)?;
+    pub(crate) fn reserve(len: usize) -> Result<Self, rustix::io::Errno> {
+        let padded = len.max(1).checked_add(HUGE_PAGE_BYTES).ok_or(rustix::io::Errno::NOMEM)?;
         // SAFETY: a new mapping at an address that the kernel chooses; no existing memory is touched.
         let base = unsafe {
             rustix::mm::mmap_anonymous(
@@ -243,11 +244,11 @@ impl Range {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         }?;
-        let skip = base.align_offset(ALIGN);
+        let skip = base.align_offset(HUGE_PAGE_BYTES);
         // What is before and behind the aligned part stays reserved until the drop: it costs no memory. `whole` keeps
         // its bounds.
         let whole = Self { base: NonNull::new(base).ok_or(rustix::io::Errno::NOMEM)?, len: padded };
-        // SAFETY: `skip < ALIGN`, so `skip..skip + len` lies within the mapping.
+        // SAFETY: `skip < HUGE_PAGE_BYTES`, so `skip..skip + len` lies within the mapping.
         let aligned = unsafe { whole.base.byte_add(skip) };
         whole.trim(aligned, len.max(1).next_multiple_of(rustix::param::page_size()))
     }
@@ -270,7 +271,7 @@ impl Range {
         Ok(kept)
     }
 
-    fn advise(&self, advice: Advice) {
+    pub(crate) fn advise(&self, advice: Advice) {
         // SAFETY: the range belongs to `self`; the advices used here change no contents.
         let _ = unsafe { rustix::mm::madvise(self.base.as_ptr(), self.len, advice) };
     }

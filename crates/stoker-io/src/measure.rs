@@ -1,6 +1,7 @@
 //! The limit that loads are compared with: how fast a file can be read without doing anything with it.
 
 use std::{
+    collections::VecDeque,
     io,
     path::Path,
     sync::{
@@ -13,7 +14,13 @@ use std::{
 use parking_lot::Mutex;
 use stoker_types::{ByteSize, BytesPerSec, clock};
 
-use crate::{Choice, ChunkPool, LocalFiles, Open, ReadMode, ReadOp, Reader, page_cache};
+use crate::{Choice, ChunkBuf, LocalFiles, Open, ReadDone, ReadMode, ReadOp, Reader, page_cache};
+
+/// Of a file, when settings are compared: long enough for a steady state, short enough to do it often.
+const SAMPLE: ByteSize = ByteSize::mib(256);
+
+/// Reads of the sample with each setting. The best counts: noise only slows.
+const SAMPLES: usize = 3;
 
 /// A raw read of a file.
 #[derive(Debug, Clone)]
@@ -27,7 +34,7 @@ pub struct RawRead {
 }
 
 /// What to read with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RawOptions {
     /// Threads.
     pub threads: usize,
@@ -45,26 +52,51 @@ impl RawRead {
     }
 }
 
-/// Reads a whole file past the page cache into slots of `pool`, without checksums, and forgets it. Every chunk has
-/// its own slot for as long as the pool has any, then slots are used again. Blocks.
+// === impl RawOptions ===
+
+impl RawOptions {
+    /// From one request at a time to a deep queue of large ones.
+    pub const CANDIDATES: [Self; 6] = [
+        Self::new(1, 16 << 20),
+        Self::new(2, 4 << 20),
+        Self::new(4, 1 << 20),
+        Self::new(4, 4 << 20),
+        Self::new(8, 4 << 20),
+        Self::new(4, 16 << 20),
+    ];
+
+    const fn new(threads: usize, block_bytes: usize) -> Self {
+        Self { threads, block_bytes }
+    }
+
+    /// The fastest of [`Self::CANDIDATES`] for a file, by reading its beginning a few times with each, in turns.
+    /// Blocks, a few seconds on a disk of 2 GB/s.
+    ///
+    /// # Errors
+    /// As [`raw_limit`].
+    pub fn fastest(path: &Path, slots: &mut Vec<ChunkBuf>) -> io::Result<Self> {
+        let mut best = [Duration::MAX; Self::CANDIDATES.len()];
+        for _ in 0..SAMPLES {
+            for (options, best) in Self::CANDIDATES.into_iter().zip(&mut best) {
+                *best = read_first(path, SAMPLE, slots, options)?.time.min(*best);
+            }
+        }
+        let fastest = Self::CANDIDATES.into_iter().zip(best).min_by_key(|(_, time)| *time);
+        Ok(fastest.map_or(Self::CANDIDATES[0], |(options, _)| options))
+    }
+}
+
+/// Reads a whole file past the page cache into `slots` of one pool, without checksums, and forgets it. Slots are used in
+/// turn, again when there are more chunks than slots. Blocks.
+///
+/// The same slots as the loads', or the comparison means nothing: how fast a disk fills memory depends on how that lies
+/// (see [`ChunkBuf::populate`]).
 ///
 /// # Errors
-/// The operating system's; `OutOfMemory` when the pool has not one free slot for each thread.
-pub fn raw_limit(path: &Path, pool: &ChunkPool, options: RawOptions) -> io::Result<RawRead> {
-    let started = clock::now();
-    let reader = LocalFiles { block_bytes: options.block_bytes }.open(path, ReadMode::Direct)?;
-    let len = reader.stamp()?.len;
-    let next = AtomicU64::new(0);
-    let kept = Mutex::new(Vec::new());
-    let threads = options.threads.max(1);
-    std::thread::scope(|scope| {
-        let handles: Vec<_> =
-            (0..threads).map(|_| scope.spawn(|| read_chunks(&reader, len, pool, &next, &kept))).collect();
-        handles.into_iter().try_for_each(|handle| {
-            handle.join().unwrap_or_else(|_| Err(io::Error::other("a reading thread panicked")))
-        })
-    })?;
-    Ok(RawRead { bytes: ByteSize(len), time: started.elapsed(), choice: reader.choice().clone() })
+/// The operating system's; `OutOfMemory` without a slot. After an error, slots may be missing: they went back to their
+/// pool.
+pub fn raw_limit(path: &Path, slots: &mut Vec<ChunkBuf>, options: RawOptions) -> io::Result<RawRead> {
+    read_first(path, ByteSize(u64::MAX), slots, options)
 }
 
 /// Drops what the page cache holds of a file, so that the next load comes from the medium.
@@ -75,28 +107,54 @@ pub fn drop_page_cache(path: &Path) -> io::Result<()> {
     page_cache::drop_file(&std::fs::File::open(path)?)
 }
 
+/// Reads a file's first bytes, at most `most`.
+fn read_first(
+    path: &Path,
+    most: ByteSize,
+    slots: &mut Vec<ChunkBuf>,
+    options: RawOptions,
+) -> io::Result<RawRead> {
+    let chunk = slots.first().ok_or(io::ErrorKind::OutOfMemory)?.len();
+    let started = clock::now();
+    let reader = LocalFiles { block_bytes: options.block_bytes }.open(path, ReadMode::Direct)?;
+    let len = reader.stamp()?.len.min(most.bytes());
+    let next = AtomicU64::new(0);
+    let threads = options.threads.clamp(1, slots.len());
+    let free = Mutex::new(VecDeque::from(std::mem::take(slots)));
+    let read = std::thread::scope(|scope| {
+        let handles: Vec<_> =
+            (0..threads).map(|_| scope.spawn(|| read_chunks(&reader, len, chunk, &next, &free))).collect();
+        handles.into_iter().try_for_each(|handle| {
+            handle.join().unwrap_or_else(|_| Err(io::Error::other("a reading thread panicked")))
+        })
+    });
+    let time = started.elapsed();
+    slots.extend(free.into_inner());
+    read?;
+    Ok(RawRead { bytes: ByteSize(len), time, choice: reader.choice().clone() })
+}
+
 fn read_chunks(
     reader: &Arc<dyn Reader>,
     len: u64,
-    pool: &ChunkPool,
+    chunk: usize,
     next: &AtomicU64,
-    kept: &Mutex<Vec<crate::ChunkBuf>>,
+    free: &Mutex<VecDeque<ChunkBuf>>,
 ) -> io::Result<()> {
-    let chunk = pool.chunk_bytes() as u64;
-    let done: Arc<Mutex<Option<crate::ReadDone>>> = Arc::default();
+    let done: Arc<Mutex<Option<ReadDone>>> = Arc::default();
     loop {
-        let offset = next.fetch_add(1, Ordering::Relaxed) * chunk;
+        let offset = next.fetch_add(1, Ordering::Relaxed) * chunk as u64;
         if offset >= len {
             return Ok(());
         }
-        let buf = pool.try_take().or_else(|| kept.lock().pop()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let wanted = usize::try_from((len - offset).min(chunk)).unwrap_or(pool.chunk_bytes());
+        let buf = free.lock().pop_front().ok_or(io::ErrorKind::OutOfMemory)?;
+        let wanted = usize::try_from(len - offset).map_or(chunk, |left| left.min(chunk));
         let slot = Arc::clone(&done);
         let op = ReadOp { buf, offset, len: wanted, sum: false };
         reader.read(op, Box::new(move |read| *slot.lock() = Some(read)));
         let read =
             done.lock().take().ok_or_else(|| io::Error::other("a local read ended without a result"))?;
+        free.lock().push_back(read.buf);
         read.result.map_err(io::Error::other)?;
-        kept.lock().push(read.buf);
     }
 }

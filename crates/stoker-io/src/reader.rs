@@ -2,6 +2,8 @@
 
 use std::{fmt, io, path::Path, sync::Arc, time::Duration};
 
+use stoker_types::ChunkSum;
+
 use crate::ChunkBuf;
 
 /// Reads one open file (or object) into chunk buffers. The buffer moves into the read and comes back with the result.
@@ -61,8 +63,8 @@ pub struct ReadDone {
 /// What a successful read took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Filled {
-    /// CRC-64/NVME of the bytes, if asked for.
-    pub sum: Option<u64>,
+    /// Of the bytes, if asked for.
+    pub sum: Option<ChunkSum>,
     /// Time in reading calls.
     pub read_time: Duration,
     /// Time in the checksum.

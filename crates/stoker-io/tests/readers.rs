@@ -6,10 +6,10 @@ use std::{io, path::Path, sync::mpsc};
 
 use proptest::prelude::*;
 use stoker_io::{
-    ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError, ReadMode,
-    ReadOp, Reader, ReaderKind, Reason, checksum, drop_page_cache, raw_limit,
+    ChunkBuf, ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError,
+    ReadMode, ReadOp, Reader, ReaderKind, Reason, drop_page_cache, raw_limit,
 };
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, ChunkSum};
 
 const CHUNK: usize = 64 << 10;
 
@@ -36,7 +36,7 @@ fn check(path: &Path, mode: ReadMode, block_bytes: usize, content: &[u8]) -> Rea
         let done = read(&*reader, &pool, (i * CHUNK) as u64, piece.len());
         let filled = done.result.unwrap();
         assert!(done.buf[..piece.len()] == *piece, "chunk {i}");
-        assert_eq!(filled.sum, Some(checksum(piece)), "chunk {i}");
+        assert_eq!(filled.sum, Some(ChunkSum::of(piece)), "chunk {i}");
     }
     reader.choice().kind
 }
@@ -76,7 +76,7 @@ proptest! {
             let done = read(&*reader, &pool, at as u64, wanted);
             if at + wanted <= len {
                 let expected = &content[at..at + wanted];
-                prop_assert_eq!(done.result.unwrap().sum, Some(checksum(expected)));
+                prop_assert_eq!(done.result.unwrap().sum, Some(ChunkSum::of(expected)));
                 prop_assert!(&done.buf[..wanted] == expected);
             } else {
                 let truncated = matches!(done.result, Err(ReadError::Truncated { at }) if at == len as u64);
@@ -141,13 +141,13 @@ fn faults_hit_what_they_are_meant_for() {
 
     files.add(fault(FaultKind::Corrupt { bits: 0x10 }));
     let untouched = read(&*reader, &pool, CHUNK as u64, CHUNK);
-    assert_eq!(untouched.result.unwrap().sum, Some(checksum(&content[CHUNK..])));
+    assert_eq!(untouched.result.unwrap().sum, Some(ChunkSum::of(&content[CHUNK..])));
     let hit = read(&*reader, &pool, 0, CHUNK);
     assert_eq!(hit.buf[100], content[100] ^ 0x10);
-    assert_eq!(hit.result.unwrap().sum, Some(checksum(&hit.buf)));
+    assert_eq!(hit.result.unwrap().sum, Some(ChunkSum::of(&hit.buf)));
     assert_eq!(
         read(&*reader, &pool, 0, CHUNK).result.unwrap().sum,
-        Some(checksum(&content[..CHUNK])),
+        Some(ChunkSum::of(&content[..CHUNK])),
         "once"
     );
 
@@ -165,9 +165,21 @@ fn the_raw_limit_reads_the_whole_file_in_less_memory_than_it_has() {
     let path = dir.path().join("weights");
     std::fs::write(&path, bytes(20 * CHUNK + 1)).unwrap();
     let pool = pool();
-    let raw = raw_limit(&path, &pool, RawOptions { threads: 3, block_bytes: 4096 }).unwrap();
-    assert_eq!(raw.bytes, ByteSize(20 * CHUNK as u64 + 1));
-    assert_eq!(raw.choice.kind, ReaderKind::Direct);
-    assert!(raw.rate().0 > 0.0);
+    let mut slots: Vec<ChunkBuf> = std::iter::from_fn(|| pool.try_take()).collect();
+    // More threads than slots: as many as there are slots read.
+    for threads in [1, 3, 9] {
+        let raw = raw_limit(&path, &mut slots, RawOptions { threads, block_bytes: 4096 }).unwrap();
+        assert_eq!(raw.bytes, ByteSize(20 * CHUNK as u64 + 1));
+        assert_eq!(raw.choice.kind, ReaderKind::Direct);
+        assert!(raw.rate().0 > 0.0);
+        assert_eq!(slots.len(), 4, "every slot comes back");
+    }
+    let fastest = RawOptions::fastest(&path, &mut slots).unwrap();
+    assert!(RawOptions::CANDIDATES.contains(&fastest));
+    assert_eq!(slots.len(), 4);
+    let nowhere = raw_limit(&path, &mut Vec::new(), fastest).unwrap_err();
+    assert_eq!(nowhere.kind(), io::ErrorKind::OutOfMemory);
+    assert!(raw_limit(&dir.path().join("absent"), &mut slots, fastest).is_err());
+    drop(slots);
     assert_eq!(pool.usage().in_use, 0);
 }

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, io, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use stoker_checkpoint::{ChunkSum, Manifest};
-use stoker_types::ModelName;
+use stoker_types::{ModelName, StartFailure};
 
 use crate::memory::MemoryConfig;
 
@@ -56,8 +56,12 @@ pub struct Watchdog {
 
 /// What the node knows models by.
 pub trait Catalog: Send + Sync + 'static {
-    /// A model's directory and manifest; `None` when there is no such model. May block for a file's read.
-    fn lookup(&self, model: &ModelName) -> Option<CatalogEntry>;
+    /// A model's directory and manifest, of its files as they are now. May block for a file's read.
+    ///
+    /// # Errors
+    /// [`StartFailure::UnknownModel`]; [`StartFailure::Changed`] when its files are not those that a request of now was
+    /// made for (the next lookup finds the new ones); [`StartFailure::Read`].
+    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure>;
 
     /// A load computed the chunk sums of a model that had none: one list for each of its files. May block.
     fn learned(&self, model: &ModelName, sums: Vec<Vec<ChunkSum>>);

@@ -12,8 +12,9 @@ use bytes::Bytes;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
 use stoker_types::{
-    ByteSize, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Period, Phase, StartFailure,
-    StartOrder, Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus, clock,
+    ByteSize, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Period, Phase,
+    StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
+    clock,
 };
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -355,9 +356,7 @@ impl Node {
 impl Prepared {
     fn new(catalog: &dyn Catalog, model: &ModelName) -> Result<Self, StartFailure> {
         let not_runnable = |why| StartFailure::NotRunnable { model: model.clone(), why };
-        let entry =
-            catalog.lookup(model).ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })?;
-        let CatalogEntry { dir, manifest } = entry;
+        let CatalogEntry { dir, manifest } = catalog.lookup(model)?;
         match (&manifest.refusal, &manifest.config) {
             (None, Some(_)) => {}
             (Some(why), _) => return Err(not_runnable(why.clone())),
@@ -460,7 +459,13 @@ fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
     let model = model.clone();
     let detail = error.to_string();
     match error {
-        LoadError::Corrupt { .. } | LoadError::Changed { .. } => StartFailure::Corrupt { model, detail },
+        LoadError::Changed { path, was, is } => StartFailure::Changed {
+            model,
+            file: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            // The same again by now: it was written to meanwhile.
+            change: was.change(is.as_ref()).unwrap_or(FileChange::Written),
+        },
+        LoadError::Corrupt { .. } | LoadError::WrongHash { .. } => StartFailure::Corrupt { model, detail },
         LoadError::Cancelled | LoadError::Closed => StartFailure::Cancelled { model },
         _ => StartFailure::Read { model, detail },
     }

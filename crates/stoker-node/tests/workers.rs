@@ -11,12 +11,14 @@ use rustix::process::Signal;
 use stoker_checkpoint::Source;
 use stoker_node::{CatalogEntry, MemoryConfig, Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
 use stoker_proto::stream::{FailureCode, Finish, Sampling};
-use stoker_types::{ByteSize, NodeEvent, Phase, StartFailure, StopFailure, StopMode, Tier, WorkerState};
+use stoker_types::{
+    ByteSize, FileChange, NodeEvent, Phase, StartFailure, StopFailure, StopMode, Tier, WorkerState,
+};
 use stoker_worker::{StandIn, WorkerArgs, WorkerLimits};
 use support::{
     Bed,
     client::{Client, PATIENCE, generate},
-    idle, is_running, one_worker, signal, watchdog, worker_command, worker_lost, workers,
+    idle, is_running, name, one_worker, signal, watchdog, worker_command, worker_lost, workers,
 };
 use tokio::time::timeout;
 
@@ -135,6 +137,30 @@ async fn a_model_is_started_served_and_stopped_and_its_worker_serves_the_next() 
     assert_eq!(outcomes[&8].failure(), FailureCode::WrongGeneration);
     bed.node.shutdown(Duration::ZERO).await;
     assert!(!client.next().await);
+}
+
+#[tokio::test]
+async fn a_changed_file_is_not_called_corrupt() {
+    let bed = Bed::new(one_worker("quick_worker"));
+    let path = bed.dir.path().join("a");
+    let failure = async |change| {
+        let expected = StartFailure::Changed { model: name("a"), file: "a".into(), change };
+        assert_eq!(bed.node.start(bed.order("a")).await, Err(expected.clone()));
+        assert_eq!(bed.node.preload(&name("a")).await, Err(expected));
+    };
+    let content = std::fs::read(&path).unwrap();
+    let before = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(before + Duration::from_secs(1)).unwrap();
+    failure(FileChange::Written).await;
+    let beside = bed.dir.path().join("beside");
+    std::fs::write(&beside, &content).unwrap();
+    std::fs::rename(&beside, &path).unwrap();
+    failure(FileChange::Replaced).await;
+    std::fs::write(&path, &content[1..]).unwrap();
+    failure(FileChange::Length { was: content.len() as u64, is: content.len() as u64 - 1 }).await;
+    std::fs::remove_file(&path).unwrap();
+    failure(FileChange::Gone).await;
 }
 
 #[tokio::test]

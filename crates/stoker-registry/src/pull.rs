@@ -198,7 +198,7 @@ impl Registry {
         }
         // A directory for each source: parts of different sources never meet.
         let text = pinned.uri.to_string();
-        let stage = staging.join(format!("{:016x}", stoker_checkpoint::chunk_sum(text.as_bytes()).0));
+        let stage = staging.join(format!("{:016x}", stoker_checkpoint::ChunkSum::of(text.as_bytes()).0));
         fs::create_dir_all(&stage).map_err(RegistryError::io(&stage))?;
         let sha256 = pinned.sha256.as_deref();
         let fetched = match &pinned.uri {

@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use stoker_checkpoint::{ChunkSum, sums::ChunkSums};
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, hex};
 
 use crate::error::RegistryError;
 
@@ -149,7 +149,7 @@ impl Sums {
 
     pub(crate) fn finish(self, path: PathBuf) -> Finished {
         let digest = self.sha256.finalize();
-        let sha256 = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&digest);
         Finished { path, sha256, chunk_sums: self.chunks.finish() }
     }
 }

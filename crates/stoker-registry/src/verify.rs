@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use stoker_checkpoint::{ChunkSum, chunk_sum, manifest::CHUNK_BYTES};
-use stoker_types::ModelName;
+use sha2::{Digest, Sha256};
+use stoker_checkpoint::{ChunkSum, manifest::CHUNK_BYTES};
+use stoker_types::{FileChange, ModelName, hex};
 
 use crate::{Entry, Registry, error::RegistryError, lock::ModelLock, registry::index_anew};
 
@@ -40,6 +41,13 @@ pub enum FileOutcome {
     Changed,
     /// Chunks are not what they were.
     Corrupt(Vec<BadChunk>),
+    /// No sums are known, and the hash of the whole file is another.
+    WrongHash {
+        /// The SHA-256 that it should have, lower-case hexadecimal.
+        expected: String,
+        /// The SHA-256 that it has.
+        found: String,
+    },
 }
 
 /// A chunk that is not what it was.
@@ -104,7 +112,7 @@ impl Registry {
         &self,
         entry: &mut Entry,
         index: usize,
-        changed: &[PathBuf],
+        changed: &[(PathBuf, FileChange)],
         progress: &mut dyn VerifyProgress,
     ) -> Result<FileReport, RegistryError> {
         let path = entry.manifest.file_path(&entry.dir, index);
@@ -114,25 +122,40 @@ impl Registry {
         let total = known.identity.len;
         let mut buffer = vec![0; usize::try_from(CHUNK_BYTES.min(total)).unwrap_or(usize::MAX)];
         let (mut sums, mut bad) = (Vec::new(), Vec::new());
+        // Sums say more, where they are known.
+        let expected_hash = known.sha256.filter(|_| known.chunk_sums.is_empty());
+        let mut hash = Sha256::new();
         for chunk in 0..total.div_ceil(CHUNK_BYTES) {
             let offset = chunk * CHUNK_BYTES;
             let len = usize::try_from(CHUNK_BYTES.min(total - offset)).unwrap_or(usize::MAX);
             let bytes = &mut buffer[..len];
             file.read_exact_at(bytes, offset).map_err(error())?;
-            let found = chunk_sum(bytes);
+            if expected_hash.is_some() {
+                hash.update(&*bytes);
+            }
+            let found = ChunkSum::of(bytes);
             let expected = usize::try_from(chunk).ok().and_then(|chunk| known.chunk_sums.get(chunk)).copied();
             if let Some(expected) = expected.filter(|expected| *expected != found) {
                 file.read_exact_at(bytes, offset).map_err(error())?;
-                bad.push(BadChunk { chunk, offset, expected, found, found_again: chunk_sum(bytes) });
+                bad.push(BadChunk { chunk, offset, expected, found, found_again: ChunkSum::of(bytes) });
             }
             sums.push(found);
             progress.read(&path, offset + len as u64, total);
         }
+        let wrong = expected_hash
+            .map(|expected| (hex(&hash.finalize()), expected))
+            .filter(|(found, expected)| found != expected);
         let outcome = if !bad.is_empty() {
             FileOutcome::Corrupt(bad)
+        } else if let Some((found, expected)) = wrong {
+            FileOutcome::WrongHash { expected, found }
         } else if known.chunk_sums.is_empty() && total > 0 {
             entry.manifest.record_sums(index, sums)?;
-            if changed.contains(&path) { FileOutcome::Changed } else { FileOutcome::Recorded }
+            if changed.iter().any(|(changed, _)| *changed == path) {
+                FileOutcome::Changed
+            } else {
+                FileOutcome::Recorded
+            }
         } else {
             FileOutcome::Sound
         };
@@ -144,6 +167,9 @@ impl VerifyReport {
     /// Whether no file is corrupt.
     #[must_use]
     pub fn is_sound(&self) -> bool {
-        !self.files.iter().any(|file| matches!(file.outcome, FileOutcome::Corrupt(_)))
+        !self
+            .files
+            .iter()
+            .any(|file| matches!(file.outcome, FileOutcome::Corrupt(_) | FileOutcome::WrongHash { .. }))
     }
 }

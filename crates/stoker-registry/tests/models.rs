@@ -11,8 +11,10 @@ use std::{
 };
 
 use common::{gguf, name};
+use sha2::{Digest, Sha256};
 use stoker_checkpoint::{Trust, manifest::CHUNK_BYTES};
 use stoker_registry::{FileOutcome, Listed, Registry, RegistryError};
+use stoker_types::hex;
 
 struct Place {
     dir: tempfile::TempDir,
@@ -134,11 +136,49 @@ fn a_replaced_file_is_indexed_anew_not_called_corrupt() {
 }
 
 #[test]
+fn a_file_named_by_its_hash_is_checked_against_it() {
+    let place = place();
+    fs::create_dir(place.dir.path().join("blobs")).unwrap();
+    let bytes = gguf(1000);
+    let hash = hex(&Sha256::digest(&bytes));
+    // As the Hugging Face cache and Ollama have it; and a name that only looks like it.
+    let links = [hash.clone(), format!("sha256-{hash}"), hash[1..].to_owned()].map(|blob| {
+        let link = place.dir.path().join(format!("{blob}.gguf"));
+        std::os::unix::fs::symlink(place.file(&format!("blobs/{blob}"), &bytes), &link).unwrap();
+        link
+    });
+    for (link, (trust, sha256)) in
+        links.iter().zip([(Trust::File, Some(&hash)), (Trust::File, Some(&hash)), (Trust::None, None)])
+    {
+        let entry = place.registry.add_reference(&name("m"), link).unwrap();
+        assert_eq!((entry.manifest.trust, entry.manifest.files[0].sha256.as_ref()), (trust, sha256));
+        assert_eq!(place.verify("m"), [FileOutcome::Recorded]);
+        assert_eq!(place.registry.get(&name("m")).unwrap().manifest.trust, Trust::Chunk);
+        place.registry.remove(&name("m")).unwrap();
+    }
+
+    let other = gguf(1001);
+    fs::write(&links[0], &other).unwrap();
+    place.registry.add_reference(&name("m"), &links[0]).unwrap();
+    let wrong = FileOutcome::WrongHash { expected: hash, found: hex(&Sha256::digest(&other)) };
+    assert_eq!(place.verify("m"), [wrong]);
+    assert_eq!(place.registry.get(&name("m")).unwrap().manifest.trust, Trust::File, "nothing is recorded");
+    let mut manifest = place.registry.get(&name("m")).unwrap().manifest;
+    manifest.files[0].sha256 = None;
+    let dir = place.dir.path().join("models/m");
+    manifest.write(&dir).unwrap();
+    assert!(
+        matches!(place.registry.get(&name("m")), Err(RegistryError::Broken { .. })),
+        "a level without a hash"
+    );
+}
+
+#[test]
 fn sums_are_recorded_once() {
     let place = place();
     let path = place.file("m.gguf", &gguf(1000));
     place.registry.add_reference(&name("m"), &path).unwrap();
-    let sum = stoker_checkpoint::chunk_sum(&fs::read(&path).unwrap());
+    let sum = stoker_checkpoint::ChunkSum::of(&fs::read(&path).unwrap());
     let entry = place.registry.record_sums(&name("m"), 0, vec![sum]).unwrap();
     assert_eq!(entry.manifest.trust, Trust::Chunk);
     place.registry.record_sums(&name("m"), 0, vec![sum]).unwrap();

@@ -32,6 +32,8 @@ pub(crate) struct Model {
     chunks: Vec<Option<Chunk>>,
     /// By place in the order: given with the files, or learned from the first read.
     sums: Vec<Option<ChunkSum>>,
+    /// No hash of a whole file is left to be checked: what was learned is what it should be.
+    vouched: bool,
     /// Chunks in memory.
     resident: usize,
     /// Nothing is in memory from here on.
@@ -251,8 +253,10 @@ impl Cache {
 impl Model {
     fn new(files: CheckpointFiles) -> Self {
         let chunks = files.order().len();
+        let vouched = files.to_hash().next().is_none();
         Self {
             sums: files.order().iter().map(|chunk| files.sum(*chunk)).collect(),
+            vouched,
             chunks: vec![None; chunks],
             resident: 0,
             end: 0,
@@ -276,6 +280,7 @@ impl Model {
                 contradicted += 1;
             }
         }
+        self.vouched |= files.to_hash().next().is_none();
         self.files = files.clone();
         contradicted
     }
@@ -330,6 +335,28 @@ impl Model {
         while self.end > 0 && self.chunks[self.end - 1].is_none() {
             self.end -= 1;
         }
+    }
+
+    /// Whether no hash of a whole file is left to be checked.
+    pub(crate) fn is_vouched(&self) -> bool {
+        self.vouched
+    }
+
+    /// Every hash was right.
+    pub(crate) fn vouch(&mut self) {
+        self.vouched = true;
+    }
+
+    /// Forgets what was learned and never vouched for.
+    pub(crate) fn unlearn(&mut self) {
+        if !self.vouched {
+            self.sums = self.files.order().iter().map(|chunk| self.files.sum(*chunk)).collect();
+        }
+    }
+
+    /// What is in memory, by place.
+    pub(crate) fn chunks(&self) -> Vec<Option<Chunk>> {
+        self.chunks.clone()
     }
 
     /// Every sum, by place, if all are known.

@@ -59,8 +59,26 @@ pub enum LoadError {
         /// The sum that it had when read again. The same: the file is wrong; another: the disk or the memory is.
         again: ChunkSum,
     },
+    /// A file is not what its source says. Only known once all of it has been read.
+    #[error("{path}: the file has the SHA-256 {found}, its source says {expected}: fetch it again")]
+    WrongHash {
+        /// The file.
+        path: PathBuf,
+        /// The hash that it should have, lower-case hexadecimal.
+        expected: String,
+        /// The hash that it has.
+        found: String,
+    },
+    /// A file that should pass through memory has nothing but a hash of the whole, which says nothing before its end.
+    #[error(
+        "{path}: only a hash of the whole file is known, and it has to pass through piece by piece; run `stoker verify` once"
+    )]
+    OnlyHash {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is no longer the one that was indexed.
-    #[error("{path} has changed since it was indexed: {}", change(was, is))]
+    #[error("{path} has changed since it was indexed: {}", change(was, is.as_ref()))]
     Changed {
         /// The file.
         path: PathBuf,
@@ -150,14 +168,16 @@ impl LoadError {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::OutOfBudget { .. } => Retry::WhenRoom,
-            Self::Corrupt { .. } => Retry::AfterFetching,
+            Self::Corrupt { .. } | Self::WrongHash { .. } => Retry::AfterFetching,
             Self::Changed { .. } => Retry::AfterIndexing,
             Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } => Retry::Later,
             Self::Device { source: DeviceError::OutOfMemory { .. }, .. } => Retry::WhenRoom,
             Self::Device { source: DeviceError::Lost { .. }, .. } => Retry::Never,
             Self::Device { .. } => Retry::Later,
             Self::Cancelled => Retry::Now,
-            Self::ChunkSize { .. } | Self::SlabTooSmall { .. } | Self::Closed => Retry::Never,
+            Self::OnlyHash { .. } | Self::ChunkSize { .. } | Self::SlabTooSmall { .. } | Self::Closed => {
+                Retry::Never
+            }
         }
     }
 
@@ -167,6 +187,8 @@ impl LoadError {
         match self {
             Self::OutOfBudget { .. } => "out_of_budget",
             Self::Corrupt { .. } => "corrupt",
+            Self::WrongHash { .. } => "wrong_hash",
+            Self::OnlyHash { .. } => "only_hash",
             Self::Changed { .. } => "changed",
             Self::Read { .. } => "read",
             Self::Open { .. } => "open",
@@ -185,11 +207,6 @@ pub(crate) fn identity(stamp: FileStamp) -> FileIdentity {
     FileIdentity { len: stamp.len, mtime_ns: stamp.mtime_ns, inode: stamp.inode }
 }
 
-fn change(was: &FileIdentity, is: &Option<FileIdentity>) -> String {
-    match is {
-        None => "it is gone".to_owned(),
-        Some(is) if is.len != was.len => format!("{} bytes, were {}", is.len, was.len),
-        Some(is) if is.inode != was.inode => "another file is in its place".to_owned(),
-        Some(_) => "it was written to".to_owned(),
-    }
+fn change(was: &FileIdentity, is: Option<&FileIdentity>) -> String {
+    was.change(is).as_ref().map_or_else(String::new, ToString::to_string)
 }

@@ -30,6 +30,8 @@ pub struct SourceFile {
     pub identity: FileIdentity,
     /// Sums of its chunks; empty when none is known.
     pub chunk_sums: Vec<ChunkSum>,
+    /// SHA-256 of the whole file in lower-case hexadecimal, if known. Checked when no sums are known.
+    pub sha256: Option<String>,
 }
 
 /// A chunk of a model.
@@ -112,6 +114,7 @@ impl CheckpointFiles {
                 path: dir.join(&file.path),
                 identity: file.identity,
                 chunk_sums: if known { file.chunk_sums.clone() } else { Vec::new() },
+                sha256: file.sha256.clone(),
             })
             .collect();
         let touched = manifest.tensors.iter().flat_map(|tensor| {
@@ -188,6 +191,13 @@ impl CheckpointFiles {
     #[must_use]
     pub fn files(&self) -> &[SourceFile] {
         &self.inner.files
+    }
+
+    /// Files of which nothing but a hash of the whole is known, with that hash.
+    pub(crate) fn to_hash(&self) -> impl Iterator<Item = (usize, &str)> {
+        let only_hash = |file: &SourceFile| file.chunk_sums.is_empty() && file.identity.len > 0;
+        let files = self.inner.files.iter().enumerate().filter(move |(_, file)| only_hash(file));
+        files.filter_map(|(index, file)| Some((index, file.sha256.as_deref()?)))
     }
 
     /// What is known about the bytes before they are read.
@@ -276,6 +286,7 @@ mod tests {
             path: "/m/weights".into(),
             identity: FileIdentity { len, mtime_ns: 1, inode: 1 },
             chunk_sums: vec![ChunkSum(1); sums],
+            sha256: None,
         }
     }
 

@@ -118,8 +118,13 @@ pub(crate) enum Assignment {
     Open { job: JobId, files: CheckpointFiles, mode: ReadMode },
     /// Read a chunk and check it.
     Read(ChunkRead),
-    /// Compare the files' identities once more.
-    Check { job: JobId, files: CheckpointFiles, readers: Vec<Arc<dyn Reader>> },
+    /// Compare the files' identities once more, and before that the hashes of those that have nothing else.
+    Check {
+        job: JobId,
+        files: CheckpointFiles,
+        readers: Vec<Arc<dyn Reader>>,
+        to_hash: Option<Vec<Option<Chunk>>>,
+    },
 }
 
 /// A chunk to be read.
@@ -231,7 +236,14 @@ impl Job {
             // Check -> Checking: one thread checks all files.
             Stage::Check => {
                 self.stage = Stage::Checking;
-                Some(Assignment::Check { job: id, files: self.files.clone(), readers: self.readers.clone() })
+                // A stream is not begun before its files are vouched for.
+                let unvouched = cache.model(self.files.key()).filter(|model| !model.is_vouched());
+                Some(Assignment::Check {
+                    job: id,
+                    files: self.files.clone(),
+                    readers: self.readers.clone(),
+                    to_hash: unvouched.map(|model| model.chunks()),
+                })
             }
             Stage::Transfer => {
                 self.pass_on_resident(cache);

@@ -195,6 +195,7 @@ mod tests {
                 path: "/m".into(),
                 identity: FileIdentity { len: LEN, mtime_ns: 0, inode: 0 },
                 chunk_sums: Vec::new(),
+                sha256: None,
             };
             let three = vec![file(), file(), file()];
             let name = ModelName::new("m").unwrap();

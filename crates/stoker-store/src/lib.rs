@@ -10,7 +10,8 @@
 //! [`Store::deliver`] passes a model on to a device, chunk by chunk as they become ready, and may keep it in memory.
 //!
 //! Invariants:
-//! - a chunk enters the cache only after its sum was found right (or learned, when none was known);
+//! - a chunk enters the cache only after its sum was found right (or learned, when none was known), and a load ends well
+//!   only after the hash of every file that has no sums was found right;
 //! - a held model's chunks are not evicted; holds are values, given back by drop;
 //! - a load that fails or is cancelled leaves no chunk that it brought.
 //!
@@ -22,6 +23,7 @@ mod cache;
 mod deliver;
 mod error;
 mod files;
+mod hash;
 mod job;
 mod layout;
 mod load;
@@ -40,4 +42,4 @@ pub use layout::{ALIGN, FileRange, Layout};
 pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use store::{Evicted, Store, StoreConfig};
-pub use stream::{ChunkStream, StreamOptions, StreamedChunk};
+pub use stream::{ChunkStream, LentSlots, StreamOptions, StreamedChunk};

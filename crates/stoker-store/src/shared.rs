@@ -97,7 +97,8 @@ impl Shared {
         let now = self.now();
         let key = files.key();
         let model = state.cache.enter(files);
-        if model.is_complete() {
+        // Not before the load that completed it has ended: that may still find something wrong.
+        if model.is_complete() && model.load.is_none() {
             model.touch(now);
             model.hold();
             self.publish(state);
@@ -157,6 +158,10 @@ impl Shared {
     ) -> Result<(JobId, usize, watch::Receiver<Progress>), LoadError> {
         let state = &mut *self.lock();
         self.check(state, files)?;
+        let vouched = state.cache.model(files.key()).is_some_and(|model| model.is_vouched());
+        if let Some((file, _)) = files.to_hash().next().filter(|_| !vouched) {
+            return Err(LoadError::OnlyHash { path: files.files()[file].path.clone() });
+        }
         let room = state.cache.room(self.budget(), None);
         let window = window.min(files.order().len()).max(1).min(room.free);
         if window == 0 {
@@ -170,6 +175,17 @@ impl Shared {
         let progress = job.progress.subscribe();
         self.wake.wake();
         Ok((id, window, progress))
+    }
+
+    /// Takes out every slot that no load is promised and nobody holds. Cached chunks go; their memory stays.
+    pub(crate) fn lend(&self) -> Vec<ChunkBuf> {
+        let state = &mut *self.lock();
+        state.cache.evict(|_| true, EvictReason::Asked);
+        let free = state.cache.room(self.budget(), None).free;
+        let slots: Vec<_> = std::iter::from_fn(|| self.pool.try_take()).take(free).collect();
+        state.cache.set_aside(slots.len());
+        self.changed(state);
+        slots
     }
 
     /// A stream is gone, or its consumer has let go of the last chunk.
@@ -226,6 +242,11 @@ impl Shared {
             }
         }
         self.wake.wake();
+    }
+
+    /// Whether a job is still wanted.
+    pub(crate) fn goes_on(&self, id: JobId) -> bool {
+        self.lock().jobs.get_mut(id).is_some()
     }
 
     pub(crate) fn read_begins(&self) {
@@ -307,17 +328,20 @@ impl Shared {
         state.meter.sample(now);
         let Job { files, target, progress, .. } = &job;
         let name = &files.key().name;
-        let end = end.map(|()| Arc::new(job.report(&state.cache, now)));
         let mut dropped = 0;
         if let Target::Cache { brought, .. } = target
             && let Some(model) = state.cache.model_mut(files.key())
         {
             model.load = None;
-            if end.is_err() {
+            if end.is_ok() {
+                model.vouch();
+            } else {
                 brought.iter().for_each(|position| model.drop_chunk(*position));
                 dropped = brought.len();
+                model.unlearn();
             }
         }
+        let end = end.map(|()| Arc::new(job.report(&state.cache, now)));
         state.cache.count(EvictReason::Failed, dropped);
         let outcome = match &end {
             Ok(report) => {

@@ -17,7 +17,7 @@ use crate::{
     load::{Loading, Resident},
     report::{EvictReason, StoreStats},
     shared::Shared,
-    stream::{ChunkStream, StreamOptions},
+    stream::{ChunkStream, LentSlots, StreamOptions},
     transfer::Puller,
 };
 
@@ -208,6 +208,13 @@ impl Store {
         let evicted = self.evict(model).await;
         self.shared.lock().cache.forget(model);
         evicted
+    }
+
+    /// Lends every slot that isn't held or promised to a load, with the memory behind it; cached chunks go. For
+    /// measurements that mean something only in the memory that loads fill.
+    #[must_use]
+    pub fn lend(&self) -> LentSlots {
+        LentSlots::take(&self.shared)
     }
 
     /// Sets the budget, at most the capacity. Evicts what exceeds it, fails loads that no longer fit, and gives free

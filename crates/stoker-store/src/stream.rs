@@ -3,7 +3,7 @@
 use std::{fmt, ops::Deref, sync::Arc};
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::Chunk;
+use stoker_io::{Chunk, ChunkBuf};
 use tokio::sync::watch;
 
 use crate::{
@@ -49,13 +49,21 @@ pub struct StreamedChunk {
     _seat: Seat,
 }
 
+/// Slots that somebody else uses for a while; see [`crate::Store::lend`].
+pub struct LentSlots {
+    /// The slots. Those taken out and dropped serve the store again when this is dropped.
+    // Dropped before the lease: whoever is woken by that finds the slots free.
+    pub slots: Vec<ChunkBuf>,
+    _lease: Lease,
+}
+
 /// A place in the ring.
 struct Seat {
     job: JobId,
     lease: Arc<Lease>,
 }
 
-/// The slots set aside for a stream, for as long as it or one of its chunks lives.
+/// The slots set aside for a stream, for as long as it or one of its chunks lives; or lent.
 struct Lease {
     shared: Arc<Shared>,
     slots: usize,
@@ -184,6 +192,22 @@ impl Deref for StreamedChunk {
 impl AsRef<[u8]> for StreamedChunk {
     fn as_ref(&self) -> &[u8] {
         self
+    }
+}
+
+// === impl LentSlots ===
+
+impl LentSlots {
+    pub(crate) fn take(shared: &Arc<Shared>) -> Self {
+        let slots = shared.lend();
+        let lease = Lease { shared: Arc::clone(shared), slots: slots.len() };
+        Self { slots, _lease: lease }
+    }
+}
+
+impl fmt::Debug for LentSlots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LentSlots").field("slots", &self.slots.len()).finish_non_exhaustive()
     }
 }
 

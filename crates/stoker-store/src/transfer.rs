@@ -3,13 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::{
-    ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work, checksum,
-};
+use stoker_io::{ChunkBuf, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work};
 
 use crate::{
     error::{LoadError, identity},
     files::{CheckpointFiles, SourceFile},
+    hash,
     job::{Assignment, ChunkRead, JobId},
     shared::Shared,
 };
@@ -51,12 +50,15 @@ impl Work for Puller {
                 shared.opened(job, opened);
             })),
             Assignment::Read(read) => Some(Box::new(move || Transfer::start(shared, read))),
-            Assignment::Check { job, files, readers } => Some(Box::new(move || {
+            Assignment::Check { job, files, readers, to_hash } => Some(Box::new(move || {
                 let step = Step::begin(&shared, job, &files);
-                let checked =
+                let hashed =
+                    to_hash.map_or(Ok(()), |chunks| hash::check(&files, chunks, || shared.goes_on(job)));
+                // A file that was written to is not called wrong.
+                let same =
                     files.files().iter().zip(&readers).try_for_each(|(file, reader)| same(file, &**reader));
                 step.end();
-                shared.finished(job, checked);
+                shared.finished(job, same.and(hashed));
             })),
         }
     }
@@ -68,6 +70,7 @@ impl Transfer {
     fn start(shared: Arc<Shared>, read: ChunkRead) {
         let ChunkRead { job, files, position, reader, expected, buf } = read;
         // Before the read: pinning makes the memory that the read would.
+        buf.populate(usize::try_from(files.chunk_len(files.order()[position])).unwrap_or(usize::MAX));
         if let Err(error) = buf.pin() {
             not_pinned(&error);
         }
@@ -256,7 +259,7 @@ fn same(file: &SourceFile, reader: &dyn Reader) -> Result<(), LoadError> {
 
 /// The sum of what was read, whether or not the reader computed it in passing.
 fn sum_of(filled: &Filled, buf: &ChunkBuf, len: u64) -> ChunkSum {
-    ChunkSum(filled.sum.unwrap_or_else(|| checksum(&buf[..usize::try_from(len).unwrap_or(buf.len())])))
+    filled.sum.unwrap_or_else(|| ChunkSum::of(&buf[..usize::try_from(len).unwrap_or(buf.len())]))
 }
 
 /// A chunk that can't be pinned is copied more slowly, and rightly.

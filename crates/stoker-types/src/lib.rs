@@ -10,6 +10,7 @@ mod memory;
 mod order;
 mod sampling;
 mod seat;
+mod sum;
 mod timeline;
 mod units;
 
@@ -19,10 +20,11 @@ pub use ids::{ClientId, Generation, InstanceId, InvalidName, ModelName, RequestI
 pub use limits::QueueLimits;
 pub use memory::{MemoryBudget, MemoryHolder, NodeMemory};
 pub use order::{
-    NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate, WorkerState,
-    WorkerStatus,
+    FileChange, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate,
+    WorkerState, WorkerStatus,
 };
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};
+pub use sum::{ChunkSum, Summing, hex};
 pub use timeline::{Period, Phase, PhaseTime, Tier, TierBytes, Timeline};
 pub use units::{ByteSize, BytesPerSec, ParseByteSizeError};

@@ -1,6 +1,6 @@
 //! Orders to a server's agent (the node), and what comes of them.
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,25 @@ pub struct Started {
     pub socket: PathBuf,
     /// Where the time went, node side.
     pub timeline: Timeline,
+}
+
+/// What of a file is not as it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileChange {
+    /// There is none any more.
+    Gone,
+    /// Its length, bytes.
+    Length {
+        /// When it was indexed.
+        was: u64,
+        /// Now.
+        is: u64,
+    },
+    /// Its inode: another file of the same length is in its place.
+    Replaced,
+    /// Its modification time: it was written to.
+    Written,
 }
 
 /// Why an instance could not be started.
@@ -71,6 +90,19 @@ pub enum StartFailure {
         /// File, chunk, offset, both sums.
         detail: String,
     },
+    /// A weight file is not the one that was indexed. It has been indexed anew, or will be by the next start; whoever
+    /// waited asked in the old model's tokens.
+    #[error(
+        "`{file}` of model `{model}` changed on disk since it was added: {change}; it is indexed anew, ask again"
+    )]
+    Changed {
+        /// What was asked for.
+        model: ModelName,
+        /// The file's name, without its directory.
+        file: String,
+        /// What is not as it was.
+        change: FileChange,
+    },
     /// Reading it failed.
     #[error("reading `{model}` failed: {detail}")]
     Read {
@@ -103,8 +135,20 @@ pub enum StartFailure {
     },
 }
 
+impl fmt::Display for FileChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gone => f.write_str("it is gone"),
+            Self::Length { was, is } => write!(f, "{is} bytes, were {was}"),
+            Self::Replaced => f.write_str("another file is in its place"),
+            Self::Written => f.write_str("it was written to"),
+        }
+    }
+}
+
 impl StartFailure {
-    /// Whether the same order, given anew, may succeed without anybody mending anything.
+    /// Whether the same order, given anew, may succeed without anybody mending anything. Not so [`Self::Changed`]: the
+    /// new model is not the one that was asked.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Worker { .. } | Self::Cancelled { .. } | Self::Read { .. })

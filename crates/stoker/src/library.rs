@@ -22,7 +22,7 @@ use stoker_controller::Facts;
 use stoker_gateway::{ModelCard, ModelLookupError, Models, ServedModel};
 use stoker_node::{Catalog, CatalogEntry};
 use stoker_registry::{Listed, Registry};
-use stoker_types::{ByteSize, ModelFacts, ModelName, ModelSettings};
+use stoker_types::{ByteSize, FileChange, ModelFacts, ModelName, ModelSettings, StartFailure};
 
 use crate::config::{Config, ModelEntry, nearest_of};
 
@@ -56,6 +56,13 @@ struct Cached {
     model: ModelName,
     file: FileIdentity,
     manifest: Arc<Manifest>,
+}
+
+/// A model's manifest, as its files are now.
+struct Current {
+    manifest: Arc<Manifest>,
+    /// What made it be indexed anew just now.
+    changed: Option<(PathBuf, FileChange)>,
 }
 
 /// Who brought a model here.
@@ -185,6 +192,10 @@ impl Library {
     /// # Errors
     /// When it isn't known or can't be read.
     pub(crate) fn manifest(&self, known: &Known) -> anyhow::Result<Arc<Manifest>> {
+        Ok(self.current(known)?.manifest)
+    }
+
+    fn current(&self, known: &Known) -> anyhow::Result<Current> {
         if let Err(why) = &known.what {
             anyhow::bail!("{why}");
         }
@@ -192,17 +203,19 @@ impl Library {
         let mut manifests = self.inner.manifests.lock();
         let cached = manifests.iter().position(|c| c.model == known.name).and_then(|at| manifests.remove(at));
         let good = |c: &Cached| c.file == file && c.manifest.changed_files(&known.dir).is_empty();
+        let mut changed = None;
         let manifest = match cached.filter(good) {
             Some(cached) => cached.manifest,
             None => {
                 let manifest = Manifest::read(&known.dir)?;
-                if manifest.changed_files(&known.dir).is_empty() {
-                    Arc::new(manifest)
-                } else {
-                    tracing::info!(model = %known.name, "its files changed on disk since it was added; indexing anew");
+                changed = manifest.changed_files(&known.dir).into_iter().next();
+                if let Some((path, change)) = &changed {
+                    tracing::info!(model = %known.name, path = %path.display(), %change, "changed on disk since it was added; indexing anew");
                     let entry = self.registry(known.home).reindex_changed(&known.name)?;
                     self.refresh(known);
                     Arc::new(entry.map_or(manifest, |e| e.manifest))
+                } else {
+                    Arc::new(manifest)
                 }
             }
         };
@@ -210,7 +223,7 @@ impl Library {
         if manifests.len() > MANIFESTS_MAX {
             manifests.pop_front();
         }
-        Ok(manifest)
+        Ok(Current { manifest, changed })
     }
 
     /// Reads a model's summary again.
@@ -379,14 +392,17 @@ impl Models for Library {
 }
 
 impl Catalog for Library {
-    fn lookup(&self, model: &ModelName) -> Option<CatalogEntry> {
-        let known = self.known(model)?;
-        match self.manifest(&known) {
-            Ok(manifest) => Some(CatalogEntry { dir: known.dir.clone(), manifest }),
-            Err(error) => {
-                tracing::warn!(%model, error = format!("{error:#}"), "its manifest can't be read");
-                None
+    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
+        let model = model.clone();
+        let Some(known) = self.known(&model) else { return Err(StartFailure::UnknownModel { model }) };
+        match self.current(&known) {
+            // Requests that wait were made with the old files' tokenizer.
+            Ok(Current { changed: Some((path, change)), .. }) if known.served.read().is_some() => {
+                let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                Err(StartFailure::Changed { model, file, change })
             }
+            Ok(Current { manifest, .. }) => Ok(CatalogEntry { dir: known.dir.clone(), manifest }),
+            Err(error) => Err(StartFailure::Read { model, detail: format!("{error:#}") }),
         }
     }
 

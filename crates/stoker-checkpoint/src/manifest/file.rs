@@ -13,6 +13,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor},
 };
+use stoker_types::FileChange;
 
 use super::{
     CHUNK_BYTES, ChunkSum, FileIdentity, Format, MANIFEST_VERSION, Manifest, Source, TokenizerFiles, Trust,
@@ -115,14 +116,14 @@ impl Manifest {
         write_atomically(&path, &bytes)
     }
 
-    /// The weight files that are not those that were indexed: replaced, changed in length or time, or gone.
+    /// The weight files that are not those that were indexed, and how they differ.
     #[must_use]
-    pub fn changed_files(&self, dir: &Path) -> Vec<PathBuf> {
+    pub fn changed_files(&self, dir: &Path) -> Vec<(PathBuf, FileChange)> {
         let mut changed = Vec::new();
         for file in &self.files {
             let path = dir.join(&file.path);
-            if identity_of(&path).ok() != Some(file.identity) {
-                changed.push(path);
+            if let Some(change) = file.identity.change(identity_of(&path).ok().as_ref()) {
+                changed.push((path, change));
             }
         }
         changed
@@ -172,6 +173,11 @@ impl Manifest {
             }
             let hex =
                 |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            if self.trust == Trust::File && sums == 0 && chunks > 0 && file.sha256.is_none() {
+                return Err(bad(format!(
+                    "`{shown_path}` has neither a hash nor sums, in spite of the trust level"
+                )));
+            }
             if file.sha256.as_deref().is_some_and(|text| !hex(text)) {
                 return Err(bad(format!("the sha256 of `{shown_path}` is not 64 hexadecimal digits")));
             }

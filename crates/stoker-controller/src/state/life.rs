@@ -228,9 +228,12 @@ impl State {
             return;
         }
         model.retried = false;
-        let count = model.failed.as_ref().map_or(0, |failed| failed.count).saturating_add(1);
-        let backoff = backoff_min.saturating_mul(1 << (count - 1).min(16)).min(backoff_max);
-        model.failed = Some(Failed { failure: failure.clone(), at: now, until: now + backoff, count });
+        // A changed file is nothing to back off from: the next start finds the new one.
+        if !matches!(failure, StartFailure::Changed { .. }) {
+            let count = model.failed.as_ref().map_or(0, |failed| failed.count).saturating_add(1);
+            let backoff = backoff_min.saturating_mul(1 << (count - 1).min(16)).min(backoff_max);
+            model.failed = Some(Failed { failure: failure.clone(), at: now, until: now + backoff, count });
+        }
         // Another instance of the model may still serve who waits.
         if model.instances.is_empty() {
             self.refuse_all(key, &Refusal::Start(failure));

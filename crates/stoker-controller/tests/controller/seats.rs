@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Duration};
 use crate::common::{Rig, admit, keep, model, name};
 use stoker_controller::{Event, UnloadError};
 use stoker_types::{
-    ByteSize, ClientId, Generation, KeepAlive, NodeEvent, Phase, Refusal, StartFailure, StopMode, WorkerId,
+    ByteSize, ClientId, FileChange, Generation, KeepAlive, NodeEvent, Phase, Refusal, StartFailure, StopMode,
+    WorkerId,
 };
 use tokio::{
     task::JoinSet,
@@ -320,6 +321,19 @@ async fn a_broken_model_fails_its_waiters_does_not_spin_and_recovers() {
     sleep(SECOND).await;
     rig.touch("a").await;
     assert_eq!(rig.handle.explain(&name("a")).unwrap().failure, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn changed_files_refuse_who_waits_and_serve_who_asks_again() {
+    let rig = Rig::new(64, vec![model("a", 10)]);
+    let changed =
+        StartFailure::Changed { model: name("a"), file: "a.gguf".into(), change: FileChange::Written };
+    rig.node.fail_next("a", changed.clone());
+    // Not started once more behind the back of who waits: its tokens are the old model's.
+    assert_eq!(rig.admit("a").await.err(), Some(Refusal::Start(changed)));
+    assert_eq!(rig.node.starts().len(), 1);
+    rig.touch("a").await;
+    assert_eq!(rig.node.starts().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]

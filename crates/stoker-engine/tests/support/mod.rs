@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use stoker_checkpoint::{Manifest, Source, index};
+use stoker_checkpoint::{Manifest, ModelConfig, Part, Role, Source, dequant::COMPUTABLE, index};
 use stoker_engine::{
     Batch, Engine, EngineLimits, KvStorage, Model, Region, SequenceRequest, Span, StepEngine, Threads,
     kv::BLOCK_TOKENS, load_model,
@@ -74,6 +74,29 @@ impl Checkpoint {
         self
     }
 
+    /// A model of random numbers whose matrices are of every type that the engine computes with, in turns from
+    /// `COMPUTABLE[first]` on: each type appears, and which matrix has it depends on `first`. Wide enough for the types
+    /// with blocks of 256.
+    pub(crate) fn of_every_type(first: usize) -> Self {
+        let mut manifest = Self::read(&data("tiny-llama3")).manifest;
+        let config = manifest.config.as_mut().unwrap();
+        (config.hidden_size, config.intermediate_size, config.head_dim) = (256, 512, 64);
+        let mut random = Random(first as u64);
+        let mut file = Vec::new();
+        let mut types = COMPUTABLE.iter().cycle().skip(first);
+        for tensor in &mut manifest.tensors {
+            tensor.shape = shape(config, tensor.role.unwrap());
+            tensor.dtype = if tensor.shape.len() == 2 { *types.next().unwrap() } else { DType::F32 };
+            (tensor.file, tensor.offset) = (0, file.len() as u64);
+            tensor.len = tensor.dtype.bytes_of(tensor.shape.iter().product()).unwrap();
+            random.numbers(tensor.dtype, usize::try_from(tensor.len).unwrap(), &mut file);
+        }
+        let matrices = manifest.tensors.iter().filter(|tensor| tensor.shape.len() == 2);
+        assert!(COMPUTABLE.iter().all(|dtype| matrices.clone().any(|tensor| tensor.dtype == *dtype)));
+        manifest.files.truncate(1);
+        Self { manifest, regions: vec![Arc::new(file)] }
+    }
+
     pub(crate) fn model(&self, threads: usize) -> Box<dyn Model> {
         let threads = Arc::new(Threads::new(threads).unwrap());
         load_model(&self.manifest, &self.regions, threads, &LIMITS).expect("the model can be computed")
@@ -85,6 +108,42 @@ impl Checkpoint {
 
     pub(crate) fn block_bytes(&self) -> u64 {
         BLOCK_TOKENS as u64 * self.manifest.config.as_ref().unwrap().kv_bytes_per_token()
+    }
+}
+
+/// A tensor's shape, as [`Role`] and [`Part`] document it.
+fn shape(config: &ModelConfig, role: Role) -> Vec<u64> {
+    let ModelConfig { hidden_size, intermediate_size, heads, kv_heads, head_dim, vocab_size, .. } = *config;
+    let dims = match role {
+        Role::Embedding | Role::OutputHead => vec![vocab_size, hidden_size],
+        Role::OutputNorm => vec![hidden_size],
+        Role::RopeFreqs => vec![head_dim / 2],
+        Role::Layer(_, part) => match part {
+            Part::AttentionNorm | Part::FeedForwardNorm | Part::AttentionOutputBias | Part::DownBias => {
+                vec![hidden_size]
+            }
+            Part::Query => vec![heads * head_dim, hidden_size],
+            Part::QueryBias => vec![heads * head_dim],
+            Part::Key | Part::Value => vec![kv_heads * head_dim, hidden_size],
+            Part::KeyBias | Part::ValueBias => vec![kv_heads * head_dim],
+            Part::AttentionOutput => vec![hidden_size, heads * head_dim],
+            Part::Gate | Part::Up => vec![intermediate_size, hidden_size],
+            Part::GateBias | Part::UpBias => vec![intermediate_size],
+            Part::Down => vec![hidden_size, intermediate_size],
+        },
+    };
+    dims.into_iter().map(u64::from).collect()
+}
+
+/// Where a block has its f16 scales.
+fn scales(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_0 | DType::Q5_0 | DType::Q8_0 => &[0],
+        DType::Q4_1 | DType::Q5_1 | DType::Q4_K | DType::Q5_K => &[0, 2],
+        DType::Q2_K => &[80, 82],
+        DType::Q3_K => &[108],
+        DType::Q6_K => &[208],
+        other => panic!("{other} has no scales"),
     }
 }
 
@@ -119,6 +178,34 @@ impl Random {
         (self.0 >> 33) as usize % n
     }
 
+    /// Uniform in -1..1.
+    #[expect(clippy::cast_precision_loss, reason = "fewer bits than an f32 has")]
+    fn float(&mut self) -> f32 {
+        self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.0
+    }
+
+    /// Appends `bytes` bytes of a type: numbers of a size that models have; of quantised types any bits with such scales.
+    fn numbers(&mut self, dtype: DType, bytes: usize, out: &mut Vec<u8>) {
+        let end = out.len() + bytes;
+        let half = |v: f32| half::f16::from_f32(v).to_le_bytes();
+        while out.len() < end {
+            match dtype {
+                DType::F32 => out.extend((self.float() * 0.2).to_le_bytes()),
+                DType::F16 => out.extend(half(self.float() * 0.2)),
+                DType::BF16 => out.extend(half::bf16::from_f32(self.float() * 0.2).to_le_bytes()),
+                _ => {
+                    let block = out.len();
+                    let len = usize::try_from(dtype.block_bytes()).unwrap();
+                    out.extend((0..len).map(|_| u8::try_from(self.below(256)).unwrap()));
+                    for at in scales(dtype) {
+                        let scale = half(self.float() * 0.005);
+                        out[block + at..block + at + 2].copy_from_slice(&scale);
+                    }
+                }
+            }
+        }
+    }
+
     pub(crate) fn ids(&mut self, length: usize, vocab_size: usize) -> Vec<u32> {
         (0..length).map(|_| u32::try_from(self.below(vocab_size)).unwrap()).collect()
     }
@@ -126,14 +213,28 @@ impl Random {
 
 /// Logits of the rows `from ..` of one sequence, computed in one pass.
 pub(crate) fn logits_from(model: &mut dyn Model, tokens: &[u32], from: usize) -> Vec<Vec<f32>> {
+    logits_in_chunks(model, tokens, from, usize::MAX)
+}
+
+/// As [`logits_from`], in passes of at most `rows`.
+pub(crate) fn logits_in_chunks(
+    model: &mut dyn Model,
+    tokens: &[u32],
+    from: usize,
+    rows: usize,
+) -> Vec<Vec<f32>> {
     let blocks: Vec<u32> = (0..u32::try_from(tokens.len().div_ceil(BLOCK_TOKENS)).unwrap()).collect();
     let mut kv = KvStorage::new(model.kv_shape(), blocks.len()).unwrap();
     kv.ensure(blocks.len());
-    let spans = [Span { rows: tokens.len(), start: 0, blocks: &blocks }];
-    let logit_rows: Vec<usize> = (from..tokens.len()).collect();
-    let mut logits = Vec::new();
-    model.forward(&Batch { tokens, spans: &spans, logit_rows: &logit_rows }, &mut kv, &mut logits);
-    logits.chunks_exact(model.vocab_size() as usize).map(<[f32]>::to_vec).collect()
+    let (mut all, mut logits, mut start) = (Vec::new(), Vec::new(), 0);
+    for tokens in tokens.chunks(rows) {
+        let spans = [Span { rows: tokens.len(), start, blocks: &blocks }];
+        let logit_rows: Vec<usize> = (from.saturating_sub(start)..tokens.len()).collect();
+        model.forward(&Batch { tokens, spans: &spans, logit_rows: &logit_rows }, &mut kv, &mut logits);
+        all.extend(logits.chunks_exact(model.vocab_size() as usize).map(<[f32]>::to_vec));
+        start += tokens.len();
+    }
+    all
 }
 
 pub(crate) fn greedy(key: u64, prompt: Vec<u32>, tokens_max: u32) -> SequenceRequest {

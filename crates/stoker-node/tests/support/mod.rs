@@ -21,7 +21,8 @@ use stoker_checkpoint::{
 use stoker_node::{Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, Watchdog, WorkerConfig};
 use stoker_store::{Store, StoreConfig};
 use stoker_types::{
-    ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartOrder, WorkerId, WorkerState,
+    ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, WorkerId,
+    WorkerState,
 };
 use tokio::{sync::broadcast, time::timeout};
 
@@ -39,8 +40,8 @@ pub(crate) struct Bed {
 pub(crate) struct Models(pub(crate) HashMap<ModelName, CatalogEntry>);
 
 impl Catalog for Models {
-    fn lookup(&self, model: &ModelName) -> Option<CatalogEntry> {
-        self.0.get(model).cloned()
+    fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
+        self.0.get(model).cloned().ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })
     }
 
     fn learned(&self, _: &ModelName, _: Vec<Vec<ChunkSum>>) {}
@@ -210,16 +211,25 @@ pub(crate) fn idle(snapshot: &NodeSnapshot) -> usize {
     snapshot.workers.iter().filter(|w| w.state == WorkerState::Idle).count()
 }
 
+/// Sends a signal; one that stops has stopped the process when this returns.
 pub(crate) fn signal(pid: u32, signal: rustix::process::Signal) {
-    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    rustix::process::kill_process(pid, signal).unwrap();
+    let raw = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(raw, signal).unwrap();
+    while signal == rustix::process::Signal::STOP && state(pid) != Some('T') {
+        assert!(is_running(pid), "it ended instead");
+        std::thread::yield_now();
+    }
+}
+
+/// The process's state as proc(5) says it: `T` for one that is stopped, `Z` for a zombie.
+fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// Whether a process runs; a zombie doesn't.
 pub(crate) fn is_running(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-    })
+    state(pid).is_some_and(|state| !matches!(state, 'Z' | 'X'))
 }
 
 /// The next loss of a worker.

@@ -2,7 +2,7 @@
 
 use crate::common::{CHUNK, Fixture, Model, rot};
 use stoker_checkpoint::{ChunkSum, Trust};
-use stoker_io::{Fault, FaultKind, Gate, checksum};
+use stoker_io::{Fault, FaultKind, Gate};
 use stoker_store::{ChunkStream, LoadError, Priority, Retry, StreamOptions};
 use stoker_types::{ByteSize, ModelName};
 use tokio_util::sync::CancellationToken;
@@ -247,7 +247,7 @@ async fn read_all(stream: &mut ChunkStream, model: &Model) -> Result<usize, Load
         let at = chunk.at();
         let content = model.content[at.file as usize].chunks(CHUNK).nth(at.index as usize).unwrap();
         assert!(*chunk == *content, "{at:?}");
-        assert_eq!(chunk.sum(), ChunkSum(checksum(content)));
+        assert_eq!(chunk.sum(), ChunkSum::of(content));
         seen += 1;
     }
     Ok(seen)
@@ -321,4 +321,28 @@ fn futures_poll_once<T>(future: impl Future<Output = T>) -> Option<T> {
         std::task::Poll::Ready(value) => Some(value),
         std::task::Poll::Pending => None,
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lent_slots_are_the_loads_own_and_leave_what_is_held() {
+    let fixture = Fixture::new(6);
+    let held = fixture.model("held", &[2 * CHUNK], Trust::Chunk);
+    let cached = fixture.model("cached", &[3 * CHUNK], Trust::Chunk);
+    let guard = fixture.load(&held).await.unwrap();
+    drop(fixture.load(&cached).await.unwrap());
+
+    let mut lent = fixture.store.lend();
+    assert_eq!(lent.slots.len(), 4);
+    assert_eq!(resident(&fixture, &cached), ByteSize::ZERO);
+    fixture.check(&held, &guard);
+    lent.slots.iter_mut().for_each(|slot| slot.fill(0xee));
+    let error = fixture.load(&cached).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { free, .. } if free == chunks(0)), "{error}");
+    drop(guard);
+    // What was free meanwhile can be had; and everything, once they are back.
+    let error = fixture.load(&cached).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { free, .. } if free == chunks(2)), "{error}");
+    drop(lent);
+    fixture.check(&cached, &fixture.load(&cached).await.unwrap());
+    assert_eq!(fixture.store.lend().slots.len(), 6);
 }

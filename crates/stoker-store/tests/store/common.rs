@@ -8,10 +8,11 @@ use std::{
     sync::Arc,
 };
 
+use sha2::{Digest, Sha256};
 use stoker_checkpoint::{ChunkSum, FileIdentity, Trust};
-use stoker_io::{FaultyFiles, LocalFiles, MappedFile, checksum};
+use stoker_io::{FaultyFiles, LocalFiles, MappedFile};
 use stoker_store::{CheckpointFiles, Priority, Resident, SourceFile, Store, StoreConfig};
-use stoker_types::{ByteSize, ModelName};
+use stoker_types::{ByteSize, ModelName, hex};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -84,12 +85,18 @@ pub(crate) fn describe(name: &str, paths: &[PathBuf], content: &[Vec<u8>], trust
             path: path.clone(),
             identity: identity(path),
             chunk_sums: match trust {
-                Trust::Chunk => content.chunks(CHUNK).map(|chunk| ChunkSum(checksum(chunk))).collect(),
+                Trust::Chunk => content.chunks(CHUNK).map(ChunkSum::of).collect(),
                 _ => Vec::new(),
             },
+            sha256: (trust == Trust::File).then(|| sha256(content)),
         })
         .collect();
     CheckpointFiles::new(ModelName::new(name).unwrap(), files, trust, CHUNK as u64, []).unwrap()
+}
+
+/// In lower-case hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 pub(crate) fn identity(path: &Path) -> FileIdentity {
@@ -114,7 +121,7 @@ pub(crate) fn rot(path: &Path, at: u64, bits: u8) {
 
 /// Bytes that no other file has.
 pub(crate) fn bytes(name: &str, seed: u64, len: usize) -> Vec<u8> {
-    let mut random = Random(checksum(name.as_bytes()) ^ seed);
+    let mut random = Random(ChunkSum::of(name.as_bytes()).0 ^ seed);
     let mut bytes: Vec<u8> =
         std::iter::repeat_with(|| random.next().to_le_bytes()).take(len / 8 + 1).flatten().collect();
     bytes.truncate(len);

@@ -2,10 +2,10 @@
 
 use std::{fs, io, time::Duration};
 
-use crate::common::{CHUNK, Fixture, describe, rot};
+use crate::common::{CHUNK, Fixture, describe, rot, sha256};
 use stoker_checkpoint::{ChunkSum, Trust};
-use stoker_io::{Fault, FaultKind, Gate, checksum};
-use stoker_store::{LoadError, Priority, Retry};
+use stoker_io::{Fault, FaultKind, Gate};
+use stoker_store::{LoadError, Priority, Retry, StreamOptions};
 use stoker_types::{ByteSize, Tier};
 use tokio_util::sync::CancellationToken;
 
@@ -43,11 +43,8 @@ async fn unknown_sums_are_learned_and_hold_from_then_on() {
     let fixture = Fixture::new(8);
     let model = fixture.model("m", &[3 * CHUNK + 7, 100], Trust::None);
     let resident = fixture.load(&model).await.unwrap();
-    let sums: Vec<Vec<ChunkSum>> = model
-        .content
-        .iter()
-        .map(|file| file.chunks(CHUNK).map(|chunk| ChunkSum(checksum(chunk))).collect())
-        .collect();
+    let sums: Vec<Vec<ChunkSum>> =
+        model.content.iter().map(|file| file.chunks(CHUNK).map(ChunkSum::of).collect()).collect();
     assert_eq!(resident.report().learned.as_ref(), Some(&sums));
     drop(resident);
 
@@ -64,6 +61,64 @@ async fn unknown_sums_are_learned_and_hold_from_then_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hash_of_the_whole_file_decides_at_the_end() {
+    let fixture = Fixture::new(8);
+    let model = fixture.model("m", &[3 * CHUNK + 7, 0, 100], Trust::File);
+    let good = sha256(&model.content[0]);
+    rot(&model.paths[0], CHUNK as u64 + 5, 1);
+    // Twice: what the first one read must not be what the second one believes.
+    for _ in 0..2 {
+        let (first, joined) = tokio::join!(fixture.load(&model), fixture.load(&model));
+        for error in [first.unwrap_err(), joined.unwrap_err()] {
+            let LoadError::WrongHash { path, expected, found } = &error else { panic!("{error}") };
+            assert_eq!((path, expected), (&model.paths[0], &good));
+            assert_eq!(*found, sha256(&fs::read(path).unwrap()));
+            assert_eq!(error.retry(), Retry::AfterFetching);
+        }
+        assert_eq!(fixture.store.stats().used, ByteSize::ZERO);
+    }
+    rot(&model.paths[0], CHUNK as u64 + 5, 1);
+    // Nothing can be said of a part of it.
+    let error = fixture.store.stream(&model.files, StreamOptions::default()).unwrap_err();
+    assert!(matches!(&error, LoadError::OnlyHash { path } if *path == model.paths[0]), "{error}");
+
+    let resident = fixture.load(&model).await.unwrap();
+    fixture.check(&model, &resident);
+    let sums: Vec<Vec<ChunkSum>> =
+        model.content.iter().map(|file| file.chunks(CHUNK).map(ChunkSum::of).collect()).collect();
+    assert_eq!(resident.report().learned.as_ref(), Some(&sums));
+    drop(resident);
+    // From here on every chunk is known.
+    fixture.store.drop_all().await;
+    assert!(fixture.store.stream(&model.files, StreamOptions::default()).is_ok());
+    rot(&model.paths[0], CHUNK as u64 + 5, 1);
+    let error = fixture.load(&model).await.unwrap_err();
+    assert!(matches!(&error, LoadError::Corrupt { chunk: 1, .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_with_a_hash_that_was_written_to_is_not_called_wrong() {
+    let fixture = Fixture::with_threads(8, 1);
+    let model = fixture.model("m", &[4 * CHUNK], Trust::File);
+    let gate = Gate::default();
+    fixture.faults.add(fault("m-0", 3 * CHUNK as u64, 1, FaultKind::Wait(gate.clone())));
+    let load = tokio::spawn({
+        let (store, files) = (fixture.store.clone(), model.files.clone());
+        async move { store.load(&files, Priority::Demand, &CancellationToken::new()).await.map(drop) }
+    });
+    tokio::task::spawn_blocking({
+        let gate = gate.clone();
+        move || gate.wait_for_arrivals(1)
+    })
+    .await
+    .unwrap();
+    fs::write(&model.paths[0], vec![0; 4 * CHUNK]).unwrap();
+    gate.open();
+    let error = load.await.unwrap().unwrap_err();
+    assert!(matches!(&error, LoadError::Changed { is: Some(_), .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_byte_on_disk_is_named() {
     let fixture = Fixture::with_threads(8, 1);
     let model = fixture.model("m", &[100, 5 * CHUNK + 7], Trust::Chunk);
@@ -73,7 +128,7 @@ async fn a_flipped_byte_on_disk_is_named() {
         panic!("{error}")
     };
     assert_eq!((path, *chunk, *offset), (&model.paths[1], 5, 5 * CHUNK as u64));
-    assert_eq!(expected.0, checksum(&model.content[1][5 * CHUNK..]));
+    assert_eq!(*expected, ChunkSum::of(&model.content[1][5 * CHUNK..]));
     assert_ne!(found, expected);
     assert_eq!(found, again);
     assert!(error.to_string().contains("the file is corrupt"), "{error}");

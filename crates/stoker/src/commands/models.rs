@@ -305,6 +305,9 @@ fn verified(file: &stoker_registry::FileReport) -> VerifiedFile {
         FileOutcome::Sound => ("sound", Vec::new()),
         FileOutcome::Recorded => ("recorded: no checksums were known, now they are", Vec::new()),
         FileOutcome::Changed => ("changed on disk since it was added; indexed anew", Vec::new()),
+        FileOutcome::WrongHash { expected, found } => {
+            ("corrupt", vec![format!("SHA-256 {expected} expected, {found} found: fetch it again")])
+        }
         FileOutcome::Corrupt(chunks) => {
             let problem = |c: &stoker_registry::BadChunk| {
                 let again = if c.found_again == c.found {

@@ -386,6 +386,7 @@ impl From<Refusal> for AdminError {
             Refusal::NotInTime { .. } | Refusal::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Refusal::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
             Refusal::TooLarge { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            Refusal::Start(StartFailure::Changed { .. }) => StatusCode::SERVICE_UNAVAILABLE,
             Refusal::Start(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self { status, message: refusal.to_string() }

@@ -1,5 +1,5 @@
-//! `stoker bench load`: SSD to DRAM with checksums, beside raw O_DIRECT reads of the same file into the same kind of
-//! memory, interleaved; and DRAM to worker.
+//! `stoker bench load`: SSD to DRAM with checksums, beside raw O_DIRECT reads of the same file into the same memory,
+//! interleaved; and DRAM to worker.
 
 use std::{
     io::Write as _,
@@ -12,8 +12,8 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use stoker_checkpoint::{Manifest, Source, Trust, identity_of, index, manifest::CHUNK_BYTES};
 use stoker_device::{CudaDevice, CudaOptions, Device, Link, SimulatedDevice, SimulatedOptions, cuda_devices};
-use stoker_io::{ChunkPool, LocalFiles, MappedFile, RawOptions, ReadMode, drop_page_cache, raw_limit};
-use stoker_store::{CheckpointFiles, Priority, SourceFile, Store, StoreConfig};
+use stoker_io::{MappedFile, RawOptions, ReadMode, drop_page_cache, raw_limit};
+use stoker_store::{CheckpointFiles, Priority, Resident, SourceFile, Store, StoreConfig};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
@@ -47,6 +47,9 @@ struct Rates {
     limit_min_bytes_per_s: f64,
     limit_max_bytes_per_s: f64,
     within_spread_of_limit: bool,
+    /// What the raw reads were the fastest with.
+    limit_threads: usize,
+    limit_block_bytes: usize,
 }
 
 /// A file that is removed when the bench is over.
@@ -80,64 +83,67 @@ pub(crate) async fn run(
         args.model = made_model.dir.display().to_string();
     }
     let args = &args;
-    let (_made, twins) = files(args, synthetic_dir, named)?;
-    let files = &twins[0];
+    let (_made, files) = files(args, synthetic_dir, named)?;
     let bytes = files.bytes();
-    let pool_bytes = files.pool_bytes();
-    let config = StoreConfig { read_mode: mode(args.warm), ..StoreConfig::new(pool_bytes) };
-    let threads = config.read_threads;
-    let store = Store::open(config)?;
-    let raw_pool = ChunkPool::new(pool_bytes, ByteSize(CHUNK_BYTES))?;
-    let raw_options = RawOptions { threads, block_bytes: LocalFiles::default().block_bytes };
-    let cancel = CancellationToken::new();
+    let store =
+        Store::open(StoreConfig { read_mode: mode(args.warm), ..StoreConfig::new(files.pool_bytes()) })?;
+    let cold = || -> std::io::Result<()> {
+        if args.warm { Ok(()) } else { files.files().iter().try_for_each(|f| drop_page_cache(&f.path)) }
+    };
+    let load = async || -> anyhow::Result<(Duration, Duration, Resident)> {
+        // What an earlier one left goes; its memory stays.
+        drop(store.lend());
+        cold()?;
+        let cpu_before = cpu_time();
+        let begun = clock::now();
+        let held = store.load(&files, Priority::Demand, &CancellationToken::new()).await?;
+        let took = begun.elapsed();
+        let cpu = cpu_time().saturating_sub(cpu_before);
+        ensure!(held.report().bytes_from(Tier::Ssd) == bytes, "the load did not read everything from SSD");
+        Ok((took, cpu, held))
+    };
+    // The first load doesn't count: it finds no memory behind the pool yet.
+    drop(load().await?);
+    let raw_options = {
+        let largest = files.files().iter().max_by_key(|f| f.identity.len).context("it has no files")?;
+        let mut lent = store.lend();
+        cold()?;
+        tokio::task::block_in_place(|| RawOptions::fastest(&largest.path, &mut lent.slots))?
+    };
+    // Into the slots that the loads fill: how fast a disk fills memory depends on the memory.
+    let raw_read = || -> anyhow::Result<Duration> {
+        let mut lent = store.lend();
+        cold()?;
+        let mut time = Duration::ZERO;
+        for file in files.files() {
+            time += tokio::task::block_in_place(|| raw_limit(&file.path, &mut lent.slots, raw_options))?.time;
+        }
+        Ok(time)
+    };
 
     let mut raw: Vec<Duration> = Vec::new();
     let mut loads: Vec<Duration> = Vec::new();
     let mut cpu = Duration::ZERO;
-    let mut reader = String::new();
-    let mut resident = None;
-    // As on a server whose memory is full: each load evicts the one before, the same files under another name, and
-    // takes its slots. The first round doesn't count: memory that was never used is slower to write.
-    for (round, files) in (0..=args.runs).zip(twins.iter().cycle()) {
-        drop(resident.take());
-        let cold = || -> std::io::Result<()> {
-            if args.warm { Ok(()) } else { files.files().iter().try_for_each(|f| drop_page_cache(&f.path)) }
-        };
-        let raw_read = || -> anyhow::Result<Duration> {
-            cold()?;
-            let mut time = Duration::ZERO;
-            for file in files.files() {
-                time += tokio::task::block_in_place(|| raw_limit(&file.path, &raw_pool, raw_options))?.time;
-            }
-            Ok(time)
-        };
+    for round in 0..args.runs {
         // Whoever reads second may find more in caches that nobody here can drop: they take turns.
-        let raw_first = if round % 2 == 0 { Some(raw_read()?) } else { None };
-        cold()?;
-        let cpu_before = cpu_time();
-        let begun = clock::now();
-        let held = store.load(files, Priority::Demand, &cancel).await?;
-        let took = begun.elapsed();
-        let load_cpu = cpu_time().saturating_sub(cpu_before);
-        ensure!(held.report().bytes_from(Tier::Ssd) == bytes, "the load did not read everything from SSD");
-        let time = match raw_first {
-            Some(time) => time,
-            None => raw_read()?,
-        };
-        if round > 0 {
-            raw.push(time);
-            loads.push(took);
-            cpu += load_cpu;
+        if round % 2 == 0 {
+            raw.push(raw_read()?);
         }
-        reader = held.report().readers.first().map(ToString::to_string).unwrap_or_default();
-        resident = Some(held);
+        let (took, load_cpu, held) = load().await?;
+        loads.push(took);
+        cpu += load_cpu;
+        drop(held);
+        if round % 2 == 1 {
+            raw.push(raw_read()?);
+        }
     }
-    let held = resident.context("no load was made")?;
+    let (.., resident) = load().await?;
+    let reader = resident.report().readers.first().map(ToString::to_string).unwrap_or_default();
     let fd = store.pool_fd()?;
     let mut mappings = Vec::new();
     for _ in 0..MAPPINGS {
         let begun = clock::now();
-        let maps = held
+        let maps = resident
             .files()
             .iter()
             .map(|f| MappedFile::map(&fd, f.len, CHUNK_BYTES, &f.slots))
@@ -164,6 +170,8 @@ pub(crate) async fn run(
             limit_max_bytes_per_s: rate(raw_ms.min),
             within_spread_of_limit: (raw_ms.min..=raw_ms.max).contains(&load_ms.p50)
                 || load_ms.p50 < raw_ms.min,
+            limit_threads: raw_options.threads,
+            limit_block_bytes: raw_options.block_bytes,
         },
         dram_to_worker_ms: Spread::ms(&mappings),
         cpu_seconds_per_gb: cpu.as_secs_f64() / gigabytes,
@@ -172,7 +180,7 @@ pub(crate) async fn run(
         let s = &r.ssd_to_dram;
         format!(
             "{}: {}, reader {}, checksums {}\n\
-             SSD -> DRAM     {} median of {}; limit {} ({} to {}); {:.0} % of it{}\n\
+             SSD -> DRAM     {} median of {}; raw limit {} ({} to {}, {} threads, blocks of {}); {:.0} % of it{}\n\
              DRAM -> worker  {:.2} ms median, {:.2} ms at the 99th percentile\n\
              CPU             {:.2} s per GB",
             r.model,
@@ -184,6 +192,8 @@ pub(crate) async fn run(
             BytesPerSec(s.limit_bytes_per_s),
             BytesPerSec(s.limit_min_bytes_per_s),
             BytesPerSec(s.limit_max_bytes_per_s),
+            s.limit_threads,
+            ByteSize(s.limit_block_bytes as u64),
             s.percent_of_limit,
             if s.within_spread_of_limit { "" } else { ", below its spread" },
             r.dram_to_worker_ms.p50,
@@ -268,19 +278,17 @@ const fn mode(warm: bool) -> ReadMode {
     if warm { ReadMode::Auto } else { ReadMode::Direct }
 }
 
-/// The files to load, as two models.
+/// The files to load.
 fn files(
     args: &BenchLoadArgs,
     synthetic_dir: &Path,
     named: impl FnOnce(&str) -> anyhow::Result<(PathBuf, Arc<Manifest>)>,
-) -> anyhow::Result<(Option<Synthetic>, [CheckpointFiles; 2])> {
-    let names = [ModelName::new("bench-a")?, ModelName::new("bench-b")?];
-    let plain = |path: &Path| -> anyhow::Result<[CheckpointFiles; 2]> {
+) -> anyhow::Result<(Option<Synthetic>, CheckpointFiles)> {
+    let name = ModelName::new("bench")?;
+    let plain = |path: &Path| -> anyhow::Result<CheckpointFiles> {
         let identity = identity_of(path)?;
-        let file = || vec![SourceFile { path: path.into(), identity, chunk_sums: Vec::new() }];
-        let [a, b] =
-            names.clone().map(|name| CheckpointFiles::new(name, file(), Trust::None, CHUNK_BYTES, []));
-        Ok([a?, b?])
+        let file = SourceFile { path: path.into(), identity, chunk_sums: Vec::new(), sha256: None };
+        Ok(CheckpointFiles::new(name.clone(), vec![file], Trust::None, CHUNK_BYTES, [])?)
     };
     if let Some(size) = args.model.strip_prefix("synth:") {
         let size: ByteSize = size.parse()?;
@@ -301,8 +309,7 @@ fn files(
     } else {
         named(&args.model)?
     };
-    let [a, b] = names.map(|name| CheckpointFiles::from_manifest(name, &dir, &manifest));
-    Ok((None, [a?, b?]))
+    Ok((None, CheckpointFiles::from_manifest(name, &dir, &manifest)?))
 }
 
 /// Writes `size` bytes that no disk compresses, and waits until they are on it.

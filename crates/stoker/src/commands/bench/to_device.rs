@@ -14,9 +14,9 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use stoker_checkpoint::Manifest;
 use stoker_device::{Cut, Device, Slab, Transfer};
-use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadOp, Reader, checksum, drop_page_cache};
+use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadOp, Reader, drop_page_cache};
 use stoker_store::{CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Store, StoreConfig};
-use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
+use stoker_types::{ByteSize, BytesPerSec, ChunkSum, ModelName, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
 use super::{Spread, load::cpu_time};
@@ -275,7 +275,11 @@ impl Bench<'_> {
             let (mut device, mut file) = (vec![0; len], vec![0; len]);
             self.device.read(slab, *to, &mut device)?;
             opened[tensor.file as usize].read_exact_at(&mut file, tensor.offset)?;
-            ensure!(checksum(&device) == checksum(&file), "{} is not what its file says", tensor.name);
+            ensure!(
+                ChunkSum::of(&device) == ChunkSum::of(&file),
+                "{} is not what its file says",
+                tensor.name
+            );
         }
         Ok(manifest.tensors.len())
     }
