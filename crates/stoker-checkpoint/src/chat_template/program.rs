@@ -5,7 +5,7 @@
 //! is shared: `[x, x]` forty times over costs next to nothing and prints as a terabyte, a namespace that holds itself
 //! prints for ever, and a list nested a hundred thousand deep overflows the stack when it is dropped. So every
 //! instruction that makes a container, or stores one in a namespace, is followed (preceded) by a call of
-//! [`bounds::value`](super::bounds::value), which refuses what is too large when written out, or too deep. Then
+//! [`bounds::value`], which refuses what is too large when written out, or too deep. Then
 //! everything that later writes, compares or drops such a value is bounded too.
 
 use std::{collections::BTreeMap, sync::Arc};

@@ -28,7 +28,7 @@ pub struct CudaOptions {
     /// Streams on the device's own link. Two keep it busy; more gain nothing.
     pub streams: usize,
     /// Other devices of the host that lend their links: bytes go over theirs to them, and on over `NVLink`. Each gives
-    /// [`CudaOptions::staging`] bytes of memory for it.
+    /// `slots` times `slot` bytes of memory for it.
     pub helpers: Vec<u32>,
     /// Longest copy that a helper takes, bytes.
     pub slot: ByteSize,
