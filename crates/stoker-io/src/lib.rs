@@ -7,9 +7,11 @@
 //!   reads for each; [`FaultyFiles`] adds faults for tests.
 //! - [`ReadThreads`]: the threads that read.
 //! - [`PriorityFd`]: waits for a descriptor's priority data.
+//! - [`Allocator`], [`trim_heap`]: the heap, and what was freed of it back to the operating system.
 //! - [`raw_limit`]: how fast a file can be read at all, for comparison.
 
 mod faulty;
+mod heap;
 mod local;
 mod map;
 mod measure;
@@ -21,6 +23,7 @@ mod reader;
 mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
+pub use heap::{Allocator, trim_heap};
 pub use local::LocalFiles;
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};

@@ -114,7 +114,7 @@ impl CheckpointFiles {
                 path: dir.join(&file.path),
                 identity: file.identity,
                 chunk_sums: if known { file.chunk_sums.clone() } else { Vec::new() },
-                sha256: file.sha256.clone(),
+                sha256: file.sha256.clone().filter(|_| known),
             })
             .collect();
         let touched = manifest.tensors.iter().flat_map(|tensor| {

@@ -211,6 +211,8 @@ impl EngineThread {
             self.fail_all("the model was taken away");
         }
         self.model = None;
+        // What the next start may take depends on this model's KV cache being really gone.
+        stoker_io::trim_heap();
         self.publish();
         tracing::info!(instance, "model unloaded");
         UnloadOutcome::Unloaded
