@@ -19,7 +19,7 @@ use tokio::{
     time::Instant,
 };
 
-use self::client::{Connections, Sample};
+use self::client::{Connections, Sample, Samples};
 use super::Spread;
 use crate::{cli::BenchOverheadArgs, config::Config, output::Output};
 
@@ -37,6 +37,8 @@ struct Report {
     load: f64,
     requests_per_s: f64,
     requests: usize,
+    /// Answered with a 429, because something else held the machine up for too long.
+    refused: usize,
     first_token_ms: Spread,
     request_ms: Spread,
     /// The same client, rate and answer, from a server that does nothing.
@@ -94,7 +96,10 @@ pub(crate) async fn run(config: &Config, args: &BenchOverheadArgs, output: Outpu
             r.worker_cpu_us_per_request,
             r.client_cpu_us_per_request,
             r.floor_cpu_us_per_request,
-        )
+        ) + &match r.refused {
+            0 => String::new(),
+            refused => format!("\nrefused      {refused} requests: the machine was held up, measure again"),
+        }
     })
 }
 
@@ -124,11 +129,11 @@ async fn measure(server: &Served, args: &BenchOverheadArgs) -> anyhow::Result<Re
     let floor_samples = bare.open_loop(rate, time).await?;
     let floor_used = floor.cpu()?.since(before);
 
-    let count = |samples: &[Sample]| u32::try_from(samples.len()).map(f64::from);
+    let count = |samples: &Samples| u32::try_from(samples.served.len()).map(f64::from);
     let (requests, floor_requests) = (count(&samples)?, count(&floor_samples)?);
     let us = |time: Duration, count: f64| time.as_secs_f64() * 1e6 / count;
-    let times = |samples: &[Sample], of: fn(&Sample) -> Duration| {
-        Spread::ms(&samples.iter().map(of).collect::<Vec<_>>())
+    let times = |samples: &Samples, of: fn(&Sample) -> Duration| {
+        Spread::ms(&samples.served.iter().map(of).collect::<Vec<_>>())
     };
     let tokens = requests * f64::from(args.tokens);
     Ok(Report {
@@ -136,7 +141,8 @@ async fn measure(server: &Served, args: &BenchOverheadArgs) -> anyhow::Result<Re
         saturation_requests_per_s: saturation,
         load: args.load,
         requests_per_s: rate,
-        requests: samples.len(),
+        requests: samples.served.len(),
+        refused: samples.refused,
         first_token_ms: times(&samples, |s| s.first_token),
         request_ms: times(&samples, |s| s.total),
         floor_ms: times(&floor_samples, |s| s.first_token),

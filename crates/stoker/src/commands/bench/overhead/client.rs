@@ -43,6 +43,14 @@ pub(super) struct Sample {
     pub(super) total: Duration,
 }
 
+/// What became of a number of requests.
+#[derive(Debug, Default)]
+pub(super) struct Samples {
+    pub(super) served: Vec<Sample>,
+    /// Answered with a 429: the machine stood still for so long that the queue was full.
+    pub(super) refused: usize,
+}
+
 // === impl Connections ===
 
 impl Connections {
@@ -57,16 +65,19 @@ impl Connections {
         Self { address, request: request.into_bytes().into(), idle: Arc::default() }
     }
 
-    /// One request.
-    pub(super) async fn request(&self, planned: Instant) -> anyhow::Result<Sample> {
+    /// One request; `None` when it was refused.
+    pub(super) async fn request(&self, planned: Instant) -> anyhow::Result<Option<Sample>> {
         let (sample, connection) = self.exchange(planned).await?;
-        self.idle.lock().push(connection);
+        if sample.is_some() {
+            self.idle.lock().push(connection);
+        }
         Ok(sample)
     }
 
     /// One request, and the body of its answer.
     pub(super) async fn body(&self) -> anyhow::Result<Vec<u8>> {
-        let (_, connection) = self.exchange(Instant::now()).await?;
+        let (sample, connection) = self.exchange(Instant::now()).await?;
+        sample.context("the server is busy")?;
         let body = body(&connection.answer).context("the answer is not chunked as expected")?;
         self.idle.lock().push(connection);
         Ok(body)
@@ -81,8 +92,7 @@ impl Connections {
             asking.spawn(async move {
                 let mut count = 0_u32;
                 while Instant::now() < end {
-                    connections.request(Instant::now()).await?;
-                    count += 1;
+                    count += u32::from(connections.request(Instant::now()).await?.is_some());
                 }
                 anyhow::Ok(count)
             });
@@ -95,7 +105,7 @@ impl Connections {
     }
 
     /// Requests at `rate` a second with exponential gaps, whatever becomes of them.
-    pub(super) async fn open_loop(&self, rate: f64, time: Duration) -> anyhow::Result<Vec<Sample>> {
+    pub(super) async fn open_loop(&self, rate: f64, time: Duration) -> anyhow::Result<Samples> {
         let mut gap = exponential_gaps(rate);
         // A thread of its own keeps the time: the runtime's timers are a millisecond coarse.
         let (arrivals, mut arrived) = mpsc::channel(IN_FLIGHT_MAX);
@@ -112,24 +122,24 @@ impl Connections {
             true
         });
         let mut requests = JoinSet::new();
-        let mut samples = Vec::new();
+        let mut samples = Samples::default();
         while let Some(planned) = arrived.recv().await {
             let connections = self.clone();
             requests.spawn(async move { connections.request(planned).await });
             while let Some(done) = requests.try_join_next() {
-                samples.push(done??);
+                samples.add(done??);
             }
             ensure!(requests.len() < IN_FLIGHT_MAX, "the server does not keep up at {rate:.0} requests/s");
         }
         while let Some(done) = requests.join_next().await {
-            samples.push(done??);
+            samples.add(done??);
         }
         ensure!(matches!(clock.join(), Ok(true)), "the client does not keep up at {rate:.0} requests/s");
-        ensure!(!samples.is_empty(), "no request was made: --seconds is too short for this rate");
+        ensure!(!samples.served.is_empty(), "no request was made: --seconds is too short for this rate");
         Ok(samples)
     }
 
-    async fn exchange(&self, planned: Instant) -> anyhow::Result<(Sample, Connection)> {
+    async fn exchange(&self, planned: Instant) -> anyhow::Result<(Option<Sample>, Connection)> {
         let idle = self.idle.lock().pop();
         let mut connection = match idle {
             Some(connection) => connection,
@@ -149,7 +159,7 @@ impl Connection {
         Ok(Self { socket, answer: Vec::with_capacity(16 << 10) })
     }
 
-    async fn exchange(&mut self, request: &[u8], planned: Instant) -> anyhow::Result<Sample> {
+    async fn exchange(&mut self, request: &[u8], planned: Instant) -> anyhow::Result<Option<Sample>> {
         self.socket.write_all(request).await?;
         self.answer.clear();
         let mut first_token = None;
@@ -159,13 +169,27 @@ impl Connection {
             if first_token.is_none() && self.answer[seen..].windows(TOKEN.len()).any(|w| w == TOKEN) {
                 first_token = Some(planned.elapsed());
             }
+            if self.answer.starts_with(b"HTTP/1.1 429 ") {
+                return Ok(None);
+            }
             let is_error = self.answer.len() > 12 && !self.answer.starts_with(b"HTTP/1.1 200");
             if read == 0 || is_error || self.answer.len() > ANSWER_BYTES_MAX {
                 bail!("the server answered {}", String::from_utf8_lossy(&self.answer));
             }
         }
         let first_token = first_token.context("a stream had no token")?;
-        Ok(Sample { first_token, total: planned.elapsed() })
+        Ok(Some(Sample { first_token, total: planned.elapsed() }))
+    }
+}
+
+// === impl Samples ===
+
+impl Samples {
+    fn add(&mut self, outcome: Option<Sample>) {
+        match outcome {
+            Some(sample) => self.served.push(sample),
+            None => self.refused += 1,
+        }
     }
 }
 
