@@ -120,6 +120,10 @@ impl Reader for FaultyReader {
         self.inner.stamp()
     }
 
+    fn part_bytes(&self) -> Option<usize> {
+        self.inner.part_bytes()
+    }
+
     fn read(&self, op: ReadOp, done: Completion) {
         let mut flips = Vec::new();
         let (offset, len) = (op.offset, op.len as u64);

@@ -35,7 +35,7 @@ const PIECE_BYTES: usize = 256 << 10;
 /// Opens local files.
 #[derive(Debug, Clone, Copy)]
 pub struct LocalFiles {
-    /// Bytes of one direct read call. Rounded to whole pages.
+    /// Bytes of one direct read call, and of the parts into which longer reads are best cut. Rounded to whole pages.
     pub block_bytes: usize,
 }
 
@@ -60,7 +60,9 @@ struct Direct {
 impl Default for LocalFiles {
     fn default() -> Self {
         // Measured: on a virtual disk of 1-1.6 GB/s, 1, 4 and 16 MiB on four threads are the same within the noise.
-        // 4 MiB keeps many requests in flight, and the checksum of one block runs under the other threads' reads.
+        // 4 MiB keeps many requests in flight, and the checksum of one block runs under the other threads' reads. Through
+        // the page cache on to a GPU, what 16 threads have in hand at 4 MiB each is still in the processor's cache when the
+        // copy reads it: 42 to 46 GB/s instead of 33 to 35 with 16 MiB each.
         Self { block_bytes: 4 << 20 }
     }
 }
@@ -167,9 +169,12 @@ impl Reader for LocalFile {
         })
     }
 
+    fn part_bytes(&self) -> Option<usize> {
+        Some(self.block_bytes)
+    }
+
     fn read(&self, mut op: ReadOp, done: Completion) {
         assert!(op.len <= op.buf.len(), "a read of {} bytes into a buffer of {}", op.len, op.buf.len());
-        op.buf.populate(op.len);
         let result = self.fill(&mut op);
         done(ReadDone { buf: op.buf, result });
     }

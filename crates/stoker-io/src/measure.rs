@@ -149,12 +149,13 @@ fn read_chunks(
         }
         let buf = free.lock().pop_front().ok_or(io::ErrorKind::OutOfMemory)?;
         let wanted = usize::try_from(len - offset).map_or(chunk, |left| left.min(chunk));
+        buf.populate(wanted);
         let slot = Arc::clone(&done);
-        let op = ReadOp { buf, offset, len: wanted, sum: false };
+        let op = ReadOp { buf: buf.into(), offset, len: wanted, sum: false };
         reader.read(op, Box::new(move |read| *slot.lock() = Some(read)));
         let read =
             done.lock().take().ok_or_else(|| io::Error::other("a local read ended without a result"))?;
-        free.lock().push_back(read.buf);
+        free.lock().extend(read.buf.rejoin());
         read.result.map_err(io::Error::other)?;
     }
 }

@@ -455,6 +455,12 @@ impl ChunkBuf {
         }
     }
 
+    /// Its byte at `offset`. Who reads or writes there is for the caller to settle.
+    pub(crate) fn at(&self, offset: usize) -> *mut u8 {
+        assert!(offset <= self.pool.chunk_bytes, "a chunk holds {} bytes", self.pool.chunk_bytes);
+        self.pool.slot_ptr(self.slot).wrapping_add(offset)
+    }
+
     /// Makes its first `len` bytes a read-only chunk that can be shared.
     ///
     /// # Panics

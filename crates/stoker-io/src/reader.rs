@@ -4,7 +4,7 @@ use std::{fmt, io, path::Path, sync::Arc, time::Duration};
 
 use stoker_types::ChunkSum;
 
-use crate::ChunkBuf;
+use crate::ChunkPart;
 
 /// Reads one open file (or object) into chunk buffers. The buffer moves into the read and comes back with the result.
 ///
@@ -20,6 +20,12 @@ pub trait Reader: Send + Sync {
     /// # Errors
     /// The operating system's.
     fn stamp(&self) -> io::Result<FileStamp>;
+
+    /// Into parts of how many bytes a longer read is better cut, so that several threads share it; `None`: it isn't. A
+    /// multiple of 4096.
+    fn part_bytes(&self) -> Option<usize> {
+        None
+    }
 
     /// Fills the buffer's first `op.len` bytes from `op.offset` on, checksums them if asked to, and hands everything
     /// to `done`.
@@ -42,7 +48,7 @@ pub type Completion = Box<dyn FnOnce(ReadDone) + Send>;
 #[derive(Debug)]
 pub struct ReadOp {
     /// Where the bytes go, from its beginning.
-    pub buf: ChunkBuf,
+    pub buf: ChunkPart,
     /// Where they come from in the file; a multiple of 4096 reads fastest.
     pub offset: u64,
     /// How many; at most the buffer's length.
@@ -55,7 +61,7 @@ pub struct ReadOp {
 #[derive(Debug)]
 pub struct ReadDone {
     /// The buffer. After an error its contents mean nothing.
-    pub buf: ChunkBuf,
+    pub buf: ChunkPart,
     /// What came of it.
     pub result: Result<Filled, ReadError>,
 }

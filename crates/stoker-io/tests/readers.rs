@@ -23,7 +23,7 @@ fn bytes(len: usize) -> Vec<u8> {
 
 fn read(reader: &dyn Reader, pool: &ChunkPool, offset: u64, len: usize) -> ReadDone {
     let (sender, done) = mpsc::channel();
-    let op = ReadOp { buf: pool.try_take().unwrap(), offset, len, sum: true };
+    let op = ReadOp { buf: pool.try_take().unwrap().into(), offset, len, sum: true };
     reader.read(op, Box::new(move |done| sender.send(done).unwrap()));
     done.recv().unwrap()
 }

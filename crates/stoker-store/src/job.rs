@@ -7,10 +7,16 @@ use std::{
 };
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::{Chunk, ChunkBuf, ChunkPool, Filled, ReadMode, Reader};
+use stoker_io::{Chunk, ChunkBuf, ChunkPool, ReadMode, Reader};
 use tokio::sync::watch;
 
-use crate::{cache::Cache, error::LoadError, files::CheckpointFiles, report::LoadReport};
+use crate::{
+    cache::Cache,
+    error::LoadError,
+    files::CheckpointFiles,
+    report::LoadReport,
+    transfer::{ChunkFilled, PartRead},
+};
 
 /// A load or stream. Never reused, so what comes late for one that is gone is recognised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,6 +52,8 @@ pub(crate) struct Job {
     readers: Vec<Arc<dyn Reader>>,
     /// Places of the chunks yet to be read.
     pending: VecDeque<usize>,
+    /// Parts yet to be read of chunks that are being read.
+    parts: VecDeque<PartRead>,
     in_flight: usize,
     pub(crate) target: Target,
     pub(crate) progress: watch::Sender<Progress>,
@@ -116,8 +124,10 @@ pub(crate) struct Jobs {
 pub(crate) enum Assignment {
     /// Open the files and compare their identities.
     Open { job: JobId, files: CheckpointFiles, mode: ReadMode },
-    /// Read a chunk and check it.
+    /// Read a chunk and check it, with the help of whoever has time.
     Read(ChunkRead),
+    /// Help with a chunk.
+    Part(PartRead),
     /// Compare the files' identities once more, and before that the hashes of those that have nothing else.
     Check {
         job: JobId,
@@ -160,6 +170,7 @@ impl Jobs {
             mode,
             readers: Vec::new(),
             pending: pending.into_iter().collect(),
+            parts: VecDeque::new(),
             in_flight: 0,
             target,
             progress: watch::Sender::new(Progress::default()),
@@ -246,6 +257,9 @@ impl Job {
                 })
             }
             Stage::Transfer => {
+                if let Some(part) = self.parts.pop_front() {
+                    return Some(Assignment::Part(part));
+                }
                 self.pass_on_resident(cache);
                 self.settle();
                 if self.stage == Stage::Check {
@@ -318,20 +332,19 @@ impl Job {
         self.stage = Stage::Transfer;
     }
 
+    /// Parts of a chunk that any thread may read. Those of a job that ends before are dropped.
+    pub(crate) fn offer(&mut self, parts: impl IntoIterator<Item = PartRead>) {
+        self.parts.extend(parts);
+    }
+
     /// A chunk has been read and is right.
-    pub(crate) fn arrived(
-        &mut self,
-        cache: &mut Cache,
-        position: usize,
-        buf: ChunkBuf,
-        sum: ChunkSum,
-        filled: &Filled,
-    ) {
+    pub(crate) fn arrived(&mut self, cache: &mut Cache, position: usize, buf: ChunkBuf, read: &ChunkFilled) {
+        let &ChunkFilled { sum, read_time, sum_time } = read;
         let len = self.files.chunk_len(self.files.order()[position]);
         self.in_flight -= 1;
         self.tally.bytes_read += len;
-        self.tally.read_time += filled.read_time;
-        self.tally.sum_time += filled.sum_time;
+        self.tally.read_time += read_time;
+        self.tally.sum_time += sum_time;
         let chunk = buf.freeze(usize::try_from(len).unwrap_or(usize::MAX));
         match &mut self.target {
             Target::Cache { brought, prefix } => {

@@ -3,8 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
-use stoker_checkpoint::ChunkSum;
-use stoker_io::{ChunkBuf, ChunkPool, Filled, Open, ReadMode, Reader, Wake};
+use stoker_io::{ChunkBuf, ChunkPool, Open, ReadMode, Reader, Wake};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate, clock};
 use tokio::sync::watch;
 
@@ -15,7 +14,7 @@ use crate::{
     job::{Assignment, Job, JobId, Jobs, Priority, Progress, Target},
     meter::Meter,
     report::{EvictReason, StoreStats},
-    transfer::reload_time,
+    transfer::{ChunkFilled, PartRead, reload_time},
 };
 
 pub(crate) struct Shared {
@@ -244,6 +243,17 @@ impl Shared {
         self.wake.wake();
     }
 
+    /// Has other threads help with a chunk.
+    pub(crate) fn offer(&self, id: JobId, parts: Vec<PartRead>) {
+        if parts.is_empty() {
+            return;
+        }
+        if let Some(job) = self.lock().jobs.get_mut(id) {
+            job.offer(parts);
+        }
+        self.wake.wake();
+    }
+
     /// Whether a job is still wanted.
     pub(crate) fn goes_on(&self, id: JobId) -> bool {
         self.lock().jobs.get_mut(id).is_some()
@@ -287,21 +297,13 @@ impl Shared {
     }
 
     /// A chunk is there and right. If its job is gone, so is the chunk.
-    pub(crate) fn arrived(
-        &self,
-        id: JobId,
-        position: usize,
-        buf: ChunkBuf,
-        sum: ChunkSum,
-        filled: &Filled,
-        again: bool,
-    ) {
+    pub(crate) fn arrived(&self, id: JobId, position: usize, buf: ChunkBuf, read: &ChunkFilled, again: bool) {
         {
             let state = &mut *self.lock();
             if let Some(job) = state.jobs.get_mut(id) {
                 job.tally.reread += u32::from(again);
                 state.bytes_read += job.files.chunk_len(job.files.order()[position]);
-                job.arrived(&mut state.cache, position, buf, sum, filled);
+                job.arrived(&mut state.cache, position, buf, read);
             } else {
                 drop(buf);
             }

@@ -5,7 +5,7 @@ use std::{
     fmt::{self, Write as _},
 };
 
-use crc_fast::{CrcAlgorithm, Digest};
+use crc_fast::{CrcAlgorithm, Digest, checksum_combine};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// CRC-64/NVME of some bytes: the processor's carry-less multiplication computes it at memory speed. In JSON 16
@@ -33,6 +33,12 @@ impl ChunkSum {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(crc_fast::crc64_nvme(bytes))
+    }
+
+    /// The sum of these bytes and, behind them, `len` bytes whose sum is `next`.
+    #[must_use]
+    pub fn then(self, next: Self, len: u64) -> Self {
+        Self(checksum_combine(CrcAlgorithm::Crc64Nvme, self.0, next.0, len))
     }
 }
 
@@ -102,5 +108,19 @@ mod tests {
         summing.update(b"56789");
         assert_eq!(summing.finish(), ChunkSum::of(b"123456789"));
         assert_eq!(Summing::new().finish(), ChunkSum::of(b""));
+    }
+
+    #[test]
+    fn sums_of_parts_make_the_sum_of_the_whole() {
+        let bytes: Vec<u8> = (0..70_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let whole = ChunkSum::of(&bytes);
+        for at in [0, 1, 7, 4096, 35_000, 69_999, 70_000] {
+            let (a, b) = bytes.split_at(at);
+            assert_eq!(ChunkSum::of(a).then(ChunkSum::of(b), b.len() as u64), whole, "cut at {at}");
+        }
+        let parts = bytes
+            .chunks(999)
+            .fold(ChunkSum::of(b""), |sum, part| sum.then(ChunkSum::of(part), part.len() as u64));
+        assert_eq!(parts, whole);
     }
 }

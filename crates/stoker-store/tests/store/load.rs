@@ -361,3 +361,44 @@ async fn a_closed_store_leaves_nobody_waiting() {
     let map = stoker_io::MappedFile::map(&fd, slots.len, CHUNK as u64, &slots.slots).unwrap();
     assert!(*map == *other.content[0], "a guard keeps its chunks");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chunk_is_read_by_several_threads() {
+    let fixture = Fixture::with_threads(2, 4);
+    let model = fixture.model("m", &[CHUNK], Trust::Chunk);
+    let gate = Gate::default();
+    // One fault for each quarter: as many reads of the one chunk wait at the gate together.
+    for part in 0..4 {
+        fixture.faults.add(fault("m-0", part * 16 * 1024 + 5, 1, FaultKind::Wait(gate.clone())));
+    }
+    let loading = fixture.store.begin(&model.files, Priority::Demand).unwrap();
+    let arrived = gate.clone();
+    let waited = tokio::task::spawn_blocking(move || arrived.wait_for_arrivals(4));
+    tokio::time::timeout(FOREVER, waited).await.unwrap().unwrap();
+    gate.open();
+    fixture.check(&model, &loading.wait(&CancellationToken::new()).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_that_fails_ends_the_load_and_frees_the_slot_once_the_others_are_done() {
+    let fixture = Fixture::with_threads(2, 2);
+    let model = fixture.model("m", &[CHUNK + 10], Trust::Chunk);
+    let gate = Gate::default();
+    fixture.faults.add(fault("m-0", 0, 1, FaultKind::Wait(gate.clone())));
+    fixture.faults.add(fault("m-0", 20 * 1024, 1, FaultKind::Error(io::ErrorKind::PermissionDenied)));
+    let error = fixture.load(&model).await.unwrap_err();
+    assert!(matches!(&error, LoadError::Read { offset: 0, .. }), "{error}");
+    assert!(error.to_string().contains("20480"), "{error}");
+    assert_eq!(
+        fixture.store.stats().used,
+        ByteSize(CHUNK as u64),
+        "a part is still being read into the slot"
+    );
+    gate.open();
+    // The next load takes both slots, so it waits for that one.
+    let loaded = tokio::time::timeout(FOREVER, fixture.load(&model)).await.unwrap().unwrap();
+    fixture.check(&model, &loaded);
+    drop(loaded);
+    fixture.store.drop_all().await;
+    assert_eq!(fixture.store.stats().used, ByteSize::ZERO);
+}

@@ -377,14 +377,15 @@ impl Limits {
                 }
                 let buf = self.pool.try_take().context("a slot was lost")?;
                 let (read_sender, read) = mpsc::channel();
-                let op = ReadOp { buf, offset: *offset, len: *len, sum };
+                let op = ReadOp { buf: buf.into(), offset: *offset, len: *len, sum };
                 // The receiver is below.
                 reader.read(op, Box::new(move |done| drop(read_sender.send(done))));
                 let done = read.recv()?;
                 done.result?;
+                let buf = done.buf.rejoin().context("a slot is in parts")?;
                 let sender = sender.clone();
                 bench.device.copy(Transfer {
-                    from: Box::new(done.buf.freeze(*len)),
+                    from: Box::new(buf.freeze(*len)),
                     to: self.slab.clone(),
                     cuts: vec![Cut { from: 0, len: *len, to: *to }],
                     // The receiver waits for as many as fly.
