@@ -21,11 +21,12 @@ mod pin;
 mod pool;
 mod priority;
 mod reader;
+mod ring;
 mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
 pub use heap::{Allocator, trim_heap};
-pub use local::LocalFiles;
+pub use local::{DirectIo, LocalFiles};
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
 pub use part::ChunkPart;

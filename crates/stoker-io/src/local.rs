@@ -21,6 +21,7 @@ use crate::{
         Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader,
         ReaderKind, Reason,
     },
+    ring::{self, BlockRead},
 };
 
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of the kernel's `magic.h`.
@@ -32,11 +33,26 @@ const PAGE_CACHE_PERCENT: u8 = 60;
 /// Bytes summed at a time: a piece that was just written is still in the cache of the core that wrote it.
 const PIECE_BYTES: usize = 256 << 10;
 
+/// Requests into which a ring's read is cut: while the first ones' sums are computed, the others are on their way.
+const RING_BLOCKS: usize = 4;
+
 /// Opens local files.
 #[derive(Debug, Clone, Copy)]
 pub struct LocalFiles {
     /// Bytes of one direct read call, and of the parts into which longer reads are best cut. Rounded to whole pages.
     pub block_bytes: usize,
+    /// How direct reads are made.
+    pub direct: DirectIo,
+}
+
+/// How direct reads are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirectIo {
+    /// Through `io_uring` where that can be had.
+    #[default]
+    Auto,
+    /// One call after the other, as with [`Self::Auto`] where `io_uring` can't be had.
+    Pread,
 }
 
 /// A local file.
@@ -53,6 +69,7 @@ struct Direct {
     file: File,
     /// Offsets, lengths and addresses must be multiples of it.
     align: usize,
+    ring: bool,
 }
 
 // === impl LocalFiles ===
@@ -63,20 +80,20 @@ impl Default for LocalFiles {
         // 4 MiB keeps many requests in flight, and the checksum of one block runs under the other threads' reads. Through
         // the page cache on to a GPU, what 16 threads have in hand at 4 MiB each is still in the processor's cache when the
         // copy reads it: 42 to 46 GB/s instead of 33 to 35 with 16 MiB each.
-        Self { block_bytes: 4 << 20 }
+        Self { block_bytes: 4 << 20, direct: DirectIo::Auto }
     }
 }
 
 impl Open for LocalFiles {
     fn open(&self, path: &Path, mode: ReadMode) -> io::Result<Arc<dyn Reader>> {
-        Ok(Arc::new(LocalFile::open(path, mode, self.block_bytes)?))
+        Ok(Arc::new(LocalFile::open(path, mode, *self)?))
     }
 }
 
 // === impl LocalFile ===
 
 impl LocalFile {
-    fn open(path: &Path, mode: ReadMode, block_bytes: usize) -> io::Result<Self> {
+    fn open(path: &Path, mode: ReadMode, options: LocalFiles) -> io::Result<Self> {
         // NONBLOCK: opening a FIFO in a model's place must not hang; it means nothing for a regular file.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let buffered = File::from(rustix::fs::open(path, flags, Mode::empty())?);
@@ -85,11 +102,11 @@ impl LocalFile {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let page = rustix::param::page_size();
-        let block_bytes = block_bytes.max(page).next_multiple_of(page);
+        let block_bytes = options.block_bytes.max(page).next_multiple_of(page);
         if mode == ReadMode::Uncached {
             page_cache::drop_file(&buffered)?;
         }
-        let (direct, choice) = choose(&buffered, meta.len(), mode);
+        let (direct, choice) = choose(&buffered, meta.len(), mode, options.direct);
         if direct.is_none() {
             // Beyond the kernel's default read-ahead: these files are read from end to end.
             let _ = rustix::fs::fadvise(&buffered, 0, None, Advice::Sequential);
@@ -99,6 +116,13 @@ impl LocalFile {
     }
 
     fn fill(&self, op: &mut ReadOp) -> Result<Filled, ReadError> {
+        match &self.direct {
+            Some(direct) if direct.takes(op) => direct.fill(op, self.block_bytes),
+            _ => self.fill_by_calls(op),
+        }
+    }
+
+    fn fill_by_calls(&self, op: &mut ReadOp) -> Result<Filled, ReadError> {
         let mut sums = op.sum.then(Summing::new);
         let (mut read_time, mut sum_time) = (Duration::ZERO, Duration::ZERO);
         let mut filled = 0;
@@ -133,6 +157,69 @@ impl LocalFile {
 }
 
 impl Direct {
+    /// Has reads go through `io_uring` from now on, if one of this file does.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    fn try_ring(&mut self) -> Result<(), String> {
+        if let Some(why) = ring::refusal() {
+            return Err(why.to_owned());
+        }
+        let read = BlockRead { file: self.file.as_fd(), offset: 0, block: self.align, align: self.align };
+        self.probe(|page| read.fill(page, |_| {}).map_err(|(_, error)| error))
+            .map_err(|error| error.to_string())?;
+        self.ring = true;
+        Ok(())
+    }
+
+    /// Tries to read the file's first bytes into memory that suits it.
+    fn probe(&self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<()> {
+        let page = rustix::param::page_size();
+        let length = self.align.max(page);
+        // Any two pages contain an aligned one.
+        let mut space = vec![0_u8; length + page];
+        let skip = space.as_ptr().align_offset(page);
+        read(&mut space[skip..skip + length]).map(|_| ())
+    }
+
+    /// Whether a read goes through a ring, as a whole.
+    fn takes(&self, op: &ReadOp) -> bool {
+        self.ring
+            && op.offset.is_multiple_of(self.align as u64)
+            && op.buf.as_ptr().addr().is_multiple_of(self.align)
+            && op.len.next_multiple_of(self.align) <= op.buf.len()
+    }
+
+    /// Reads through the thread's ring. The sums of what is there are computed while the rest is on its way.
+    fn fill(&self, op: &mut ReadOp, block_bytes: usize) -> Result<Filled, ReadError> {
+        let begun = clock::now();
+        let mut sums = op.sum.then(Summing::new);
+        let mut sum_time = Duration::ZERO;
+        let block = (block_bytes / RING_BLOCKS).next_multiple_of(self.align).max(self.align);
+        let read = BlockRead { file: self.file.as_fd(), offset: op.offset, block, align: self.align };
+        // The tail is asked for as a whole number of blocks; the kernel stops at the end of the file.
+        let rounded = op.len.next_multiple_of(self.align);
+        let (len, mut left) = (op.len, op.len);
+        let got = read.fill(&mut op.buf[..rounded], |bytes| {
+            // A tail may bring more than was asked for, if the file grew.
+            let bytes = &bytes[..bytes.len().min(left)];
+            left -= bytes.len();
+            let Some(sums) = &mut sums else { return };
+            let read = clock::now();
+            bytes.chunks(PIECE_BYTES).for_each(|piece| sums.update(piece));
+            sum_time += read.elapsed();
+        });
+        match got {
+            Err((at, source)) => Err(ReadError::Io { at: op.offset + at as u64, source: Arc::new(source) }),
+            Ok(got) if got < len => Err(ReadError::Truncated { at: op.offset + got as u64 }),
+            Ok(_) => Ok(Filled {
+                sum: sums.map(Summing::finish),
+                read_time: begun.elapsed().saturating_sub(sum_time),
+                sum_time,
+            }),
+        }
+    }
+
     /// Reads the next block; what is not aligned goes through the page cache.
     fn read_some(
         &self,
@@ -181,7 +268,7 @@ impl Reader for LocalFile {
 }
 
 /// Direct or buffered, and why.
-fn choose(file: &File, len: u64, mode: ReadMode) -> (Option<Direct>, Choice) {
+fn choose(file: &File, len: u64, mode: ReadMode, io: DirectIo) -> (Option<Direct>, Choice) {
     let buffered = |reason| (None, Choice { kind: ReaderKind::Buffered, reason });
     if mode == ReadMode::Buffered {
         return buffered(Reason::Asked);
@@ -198,9 +285,14 @@ fn choose(file: &File, len: u64, mode: ReadMode) -> (Option<Direct>, Choice) {
         return buffered(Reason::PageCache { percent });
     }
     match open_direct(file) {
-        Ok(direct) => {
+        Ok(mut direct) => {
             let align = u32::try_from(direct.align).unwrap_or(u32::MAX);
-            (Some(direct), Choice { kind: ReaderKind::Direct, reason: Reason::Probed { align } })
+            let refused = match io {
+                DirectIo::Pread => None,
+                DirectIo::Auto => direct.try_ring().err(),
+            };
+            let kind = if direct.ring { ReaderKind::IoUring } else { ReaderKind::Direct };
+            (Some(direct), Choice { kind, reason: Reason::Probed { align, no_ring: refused } })
         }
         Err(error) => buffered(Reason::NoDirect(error.to_string())),
     }
@@ -226,12 +318,10 @@ fn open_direct(file: &File) -> io::Result<Direct> {
         }
         align = stat.stx_dio_offset_align.max(stat.stx_dio_mem_align) as usize;
     }
-    // Declared or not: only a read that worked counts. Any two pages contain an aligned one.
-    let mut space = vec![0_u8; align.max(page) + page];
-    let skip = space.as_ptr().align_offset(page);
-    let length = align.max(page);
-    read_retrying(&direct, &mut space[skip..skip + length], 0)?;
-    Ok(Direct { file: direct, align })
+    let direct = Direct { file: direct, align, ring: false };
+    // Declared or not: only a read that worked counts.
+    direct.probe(|page| read_retrying(&direct.file, page, 0))?;
+    Ok(direct)
 }
 
 fn read_retrying(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -14,7 +14,7 @@ use std::{
 use parking_lot::Mutex;
 use stoker_types::{ByteSize, BytesPerSec, clock};
 
-use crate::{Choice, ChunkBuf, LocalFiles, Open, ReadDone, ReadMode, ReadOp, Reader, page_cache};
+use crate::{Choice, ChunkBuf, DirectIo, LocalFiles, Open, ReadDone, ReadMode, ReadOp, Reader, page_cache};
 
 /// Of a file, when settings are compared: long enough for a steady state, short enough to do it often.
 const SAMPLE: ByteSize = ByteSize::mib(256);
@@ -116,7 +116,8 @@ fn read_first(
 ) -> io::Result<RawRead> {
     let chunk = slots.first().ok_or(io::ErrorKind::OutOfMemory)?.len();
     let started = clock::now();
-    let reader = LocalFiles { block_bytes: options.block_bytes }.open(path, ReadMode::Direct)?;
+    let files = LocalFiles { block_bytes: options.block_bytes, direct: DirectIo::Pread };
+    let reader = files.open(path, ReadMode::Direct)?;
     let len = reader.stamp()?.len.min(most.bytes());
     let next = AtomicU64::new(0);
     let threads = options.threads.clamp(1, slots.len());

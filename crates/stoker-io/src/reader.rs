@@ -117,6 +117,8 @@ pub enum ReadMode {
 pub enum ReaderKind {
     /// `O_DIRECT`: past the page cache.
     Direct,
+    /// `O_DIRECT` through `io_uring`.
+    IoUring,
     /// Through the page cache.
     Buffered,
 }
@@ -129,6 +131,8 @@ pub enum Reason {
     Probed {
         /// Alignment of file offsets and lengths, bytes.
         align: u32,
+        /// Why not through `io_uring`, if that was tried.
+        no_ring: Option<String>,
     },
     /// The page cache holds this much of it.
     PageCache {
@@ -186,6 +190,7 @@ impl ReaderKind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::IoUring => "io_uring",
             Self::Buffered => "buffered",
         }
     }
@@ -200,7 +205,10 @@ impl fmt::Display for ReaderKind {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Probed { align } => write!(f, "a direct read works, aligned to {align}"),
+            Self::Probed { align, no_ring: None } => write!(f, "a direct read works, aligned to {align}"),
+            Self::Probed { align, no_ring: Some(why) } => {
+                write!(f, "a direct read works, aligned to {align}; no io_uring: {why}")
+            }
             Self::PageCache { percent } => write!(f, "the page cache holds {percent} % of it"),
             Self::MemoryFileSystem => f.write_str("the file system is in memory"),
             Self::NoDirect(why) => write!(f, "no direct reads: {why}"),

@@ -6,8 +6,8 @@ use std::{io, path::Path, sync::mpsc};
 
 use proptest::prelude::*;
 use stoker_io::{
-    ChunkBuf, ChunkPool, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone, ReadError,
-    ReadMode, ReadOp, Reader, ReaderKind, Reason, drop_page_cache, raw_limit,
+    ChunkBuf, ChunkPool, DirectIo, Fault, FaultKind, FaultyFiles, LocalFiles, Open, RawOptions, ReadDone,
+    ReadError, ReadMode, ReadOp, Reader, ReaderKind, Reason, drop_page_cache, raw_limit,
 };
 use stoker_types::{ByteSize, ChunkSum};
 
@@ -28,9 +28,9 @@ fn read(reader: &dyn Reader, pool: &ChunkPool, offset: u64, len: usize) -> ReadD
     done.recv().unwrap()
 }
 
-fn check(path: &Path, mode: ReadMode, block_bytes: usize, content: &[u8]) -> ReaderKind {
+fn check(path: &Path, mode: ReadMode, files: LocalFiles, content: &[u8]) -> ReaderKind {
     let pool = pool();
-    let reader = LocalFiles { block_bytes }.open(path, mode).unwrap();
+    let reader = files.open(path, mode).unwrap();
     assert_eq!(reader.stamp().unwrap().len, content.len() as u64);
     for (i, piece) in content.chunks(CHUNK).enumerate() {
         let done = read(&*reader, &pool, (i * CHUNK) as u64, piece.len());
@@ -49,13 +49,24 @@ fn lengths_around_blocks_and_chunks() {
     for len in around.iter().flat_map(|n| [n.saturating_sub(1), *n, n + 1, n + 511, n + 513, n + 4095]) {
         let content = bytes(len);
         std::fs::write(&path, &content).unwrap();
-        for block in [4096, 16 << 10, 1 << 20] {
-            let kind = check(&path, ReadMode::Direct, block, &content);
+        for block_bytes in [4096, 16 << 10, 1 << 20] {
+            let files = LocalFiles { block_bytes, direct: DirectIo::Pread };
+            let kind = check(&path, ReadMode::Direct, files, &content);
             assert_eq!(kind, ReaderKind::Direct, "these tests need a file system with direct reads");
-            check(&path, ReadMode::Buffered, block, &content);
-            check(&path, ReadMode::Uncached, block, &content);
+            check(&path, ReadMode::Buffered, files, &content);
+            check(&path, ReadMode::Uncached, files, &content);
+            // Where a sandbox refuses rings, this is the same once more, and says so.
+            let files = LocalFiles { block_bytes, direct: DirectIo::Auto };
+            let kind = check(&path, ReadMode::Direct, files, &content);
+            let expected = if rings() { ReaderKind::IoUring } else { ReaderKind::Direct };
+            assert_eq!(kind, expected);
         }
     }
+}
+
+/// Whether this machine lets us have `io_uring`, by asking it ourselves.
+fn rings() -> bool {
+    io_uring::IoUring::new(1).is_ok()
 }
 
 proptest! {
@@ -70,8 +81,13 @@ proptest! {
         std::fs::write(&path, &content).unwrap();
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a part")]
         let at = (len as f64 * at) as usize;
-        for mode in [ReadMode::Direct, ReadMode::Buffered] {
-            let reader = LocalFiles { block_bytes: block }.open(&path, mode).unwrap();
+        let ways = [
+            (ReadMode::Direct, DirectIo::Auto),
+            (ReadMode::Direct, DirectIo::Pread),
+            (ReadMode::Buffered, DirectIo::Auto),
+        ];
+        for (mode, direct) in ways {
+            let reader = LocalFiles { block_bytes: block, direct }.open(&path, mode).unwrap();
             let pool = pool();
             let done = read(&*reader, &pool, at as u64, wanted);
             if at + wanted <= len {
@@ -101,7 +117,7 @@ fn the_page_cache_decides() {
     assert_eq!(choice.kind, ReaderKind::Buffered);
     assert!(matches!(choice.reason, Reason::PageCache { percent: 100 }), "{choice}");
     assert!(!choice.is_from_medium());
-    assert_eq!(open(ReadMode::Direct).choice().kind, ReaderKind::Direct);
+    assert_eq!(open(ReadMode::Direct).choice().kind == ReaderKind::IoUring, rings());
     assert!(matches!(open(ReadMode::Uncached).choice().reason, Reason::Probed { .. }));
     assert!(
         matches!(open(ReadMode::Auto).choice().reason, Reason::Probed { .. }),
@@ -115,7 +131,7 @@ fn a_file_system_in_memory_is_read_buffered() {
     let path = dir.path().join("weights");
     let content = bytes(CHUNK + 5);
     std::fs::write(&path, &content).unwrap();
-    assert_eq!(check(&path, ReadMode::Direct, 4096, &content), ReaderKind::Buffered);
+    assert_eq!(check(&path, ReadMode::Direct, LocalFiles::default(), &content), ReaderKind::Buffered);
     let reader = LocalFiles::default().open(&path, ReadMode::Auto).unwrap();
     assert_eq!(reader.choice().reason, Reason::MemoryFileSystem);
 }

@@ -76,9 +76,9 @@ impl StoreConfig {
             budget,
             shared: true,
             chunk: ByteSize(CHUNK_BYTES),
-            // Measured: one thread reaches this disk's limit, and more don't lose any; four also cover the checksums
-            // and the wait between requests on faster disks.
-            read_threads: 4,
+            // Measured: one thread reaches a virtual disk's limit without checksums; with them eight lose nothing of it,
+            // and four a twentieth. From memory a thread reads 4 GB/s.
+            read_threads: 8,
             read_mode: ReadMode::Auto,
             opener: Arc::new(LocalFiles::default()),
         }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand};
 use stoker_types::{ByteSize, ModelName};
 
-use crate::config::Overrides;
+use crate::config::{Overrides, ReaderSetting};
 
 /// Serve many large language models from little memory.
 #[derive(Debug, Parser)]
@@ -251,8 +251,8 @@ pub(crate) struct BenchLoadArgs {
     #[arg(long)]
     pub(crate) shared: bool,
     /// How files are read
-    #[arg(long, value_enum, default_value_t = BenchReader::Auto)]
-    pub(crate) reader: BenchReader,
+    #[arg(long, value_enum, default_value_t = ReaderSetting::Auto)]
+    pub(crate) reader: ReaderSetting,
     /// Unit of reads, copies and residency
     #[arg(long, default_value = "16MiB")]
     pub(crate) chunk: ByteSize,
@@ -284,17 +284,6 @@ pub(crate) enum BenchTier {
     Dram,
     /// Files
     Ssd,
-}
-
-/// How a bench reads files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum BenchReader {
-    /// As the store chooses
-    Auto,
-    /// Past the page cache
-    Direct,
-    /// Through the page cache
-    Buffered,
 }
 
 /// Where a bench's bytes end.

@@ -40,7 +40,7 @@ impl Fixture {
     pub(crate) fn with_threads(chunks: u64, read_threads: usize) -> Self {
         // On the build directory's file system, which has direct reads; `/tmp` may be in memory.
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let faults = FaultyFiles::new(LocalFiles { block_bytes: 16 << 10 });
+        let faults = FaultyFiles::new(LocalFiles { block_bytes: 16 << 10, ..LocalFiles::default() });
         let store = Store::open(StoreConfig {
             chunk: ByteSize(CHUNK as u64),
             read_threads,

@@ -37,6 +37,7 @@ pub(crate) fn check(config: &Config, output: Output) -> anyhow::Result<()> {
         row("hosts", &config.hosts, |h| h.join(", ")),
         row("insecure", &config.insecure, ToString::to_string),
         row("offline", &config.offline, ToString::to_string),
+        row("reader", &config.reader, |reader| reader.name().to_owned()),
         row("dram", &config.dram, ToString::to_string),
         row("kv", &config.kv, ToString::to_string),
         row("threads", &config.threads, ToString::to_string),

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use stoker_types::{ByteSize, KeepAlive, ModelName, QueueLimits};
 
-use super::{ConfigError, nearest_of};
+use super::{ConfigError, ReaderSetting, nearest_of};
 
 /// The file's contents. Everything is optional.
 #[derive(Debug, Default, Deserialize)]
@@ -29,6 +29,7 @@ pub(crate) struct ConfigFile {
     pub(crate) kv: Option<ByteSize>,
     pub(crate) threads: Option<u32>,
     pub(crate) workers: Option<u32>,
+    pub(crate) reader: Option<ReaderSetting>,
     pub(crate) keep_alive: Option<KeepAlive>,
     pub(crate) queue: Option<QueueLimits>,
     pub(crate) wait_s: Option<u64>,

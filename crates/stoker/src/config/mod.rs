@@ -6,6 +6,7 @@
 mod dirs;
 mod file;
 mod memory;
+mod reader;
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
@@ -14,6 +15,7 @@ use stoker_types::{ByteSize, KeepAlive, ModelName, ModelSettings, QueueLimits};
 
 pub(crate) use dirs::Dirs;
 pub(crate) use file::{ConfigFile, ModelEntry};
+pub(crate) use reader::ReaderSetting;
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -93,6 +95,8 @@ pub(crate) struct Config {
     pub(crate) threads: Setting<u32>,
     /// Most worker processes.
     pub(crate) workers: Setting<u32>,
+    /// How weight files are read.
+    pub(crate) reader: Setting<ReaderSetting>,
     pub(crate) keep_alive: Setting<KeepAlive>,
     pub(crate) queue: Setting<QueueLimits>,
     pub(crate) wait_s: Setting<u64>,
@@ -299,6 +303,7 @@ impl Config {
             kv,
             threads,
             workers,
+            reader,
             keep_alive,
             queue,
             wait_s,
@@ -365,6 +370,7 @@ impl Config {
                 u32::try_from(stoker_engine::physical_cores()).unwrap_or(u32::MAX)
             }),
             workers: Setting::settle(flags.workers, None, workers, || 16),
+            reader: Setting::settle(None, None, reader, ReaderSetting::default),
             keep_alive,
             queue: Setting::settle(None, None, queue, QueueLimits::default),
             wait_s: Setting::settle(None, None, wait_s, || 120),

@@ -61,7 +61,12 @@ impl Server {
             TcpListener::bind(config.listen.value).await.with_context(|| taken(config.listen.value))?;
         let address = listener.local_addr()?;
 
-        let store = Store::open(StoreConfig::new(config.dram.value)).context("opening the memory pool")?;
+        let store = Store::open(StoreConfig {
+            read_mode: config.reader.value.mode(),
+            opener: Arc::new(config.reader.value.files()),
+            ..StoreConfig::new(config.dram.value)
+        })
+        .context("opening the memory pool")?;
         let executable = std::env::current_exe().context("finding the worker's executable")?;
         let mut command = vec![executable.into_os_string(), "worker".into()];
         command.extend(["--threads".into(), config.threads.value.to_string().into()]);

@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Spread, synth, to_device};
 use crate::{
-    cli::{BenchDevice, BenchLoadArgs, BenchReader},
+    cli::{BenchDevice, BenchLoadArgs},
+    config::ReaderSetting,
     output::Output,
 };
 
@@ -85,8 +86,19 @@ pub(crate) async fn run(
     let args = &args;
     let (_made, files) = files(args, synthetic_dir, named)?;
     let bytes = files.bytes();
-    let store =
-        Store::open(StoreConfig { read_mode: mode(args.warm), ..StoreConfig::new(files.pool_bytes()) })?;
+    let defaults = StoreConfig::new(files.pool_bytes());
+    let read_threads = args.read_threads.unwrap_or(defaults.read_threads);
+    // From the medium, unless the page cache may help or something is asked for.
+    let read_mode = match (args.reader, args.warm) {
+        (ReaderSetting::Auto, false) => ReadMode::Direct,
+        (reader, _) => reader.mode(),
+    };
+    let store = Store::open(StoreConfig {
+        read_mode,
+        read_threads,
+        opener: Arc::new(args.reader.files()),
+        ..defaults
+    })?;
     let cold = || -> std::io::Result<()> {
         if args.warm { Ok(()) } else { files.files().iter().try_for_each(|f| drop_page_cache(&f.path)) }
     };
@@ -243,11 +255,7 @@ async fn on_device(
         warm: args.warm,
         ring: args.ring,
         threads: args.read_threads,
-        mode: match args.reader {
-            BenchReader::Auto => ReadMode::Auto,
-            BenchReader::Direct => ReadMode::Direct,
-            BenchReader::Buffered => ReadMode::Buffered,
-        },
+        reader: args.reader,
         verify: args.verify,
         shared: args.shared,
         chunk: args.chunk,
@@ -272,10 +280,6 @@ async fn on_device(
         }
     };
     to_device::run(&args.model, &dir, &manifest, plan, device, &options, output).await
-}
-
-const fn mode(warm: bool) -> ReadMode {
-    if warm { ReadMode::Auto } else { ReadMode::Direct }
 }
 
 /// The files to load.

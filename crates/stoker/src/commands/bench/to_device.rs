@@ -14,13 +14,13 @@ use anyhow::{Context as _, ensure};
 use serde::Serialize;
 use stoker_checkpoint::Manifest;
 use stoker_device::{Cut, Device, Slab, Transfer};
-use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadOp, Reader, drop_page_cache};
+use stoker_io::{ChunkPool, Open, ReadOp, Reader, drop_page_cache};
 use stoker_store::{CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Store, StoreConfig};
 use stoker_types::{ByteSize, BytesPerSec, ChunkSum, ModelName, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
 use super::{Spread, load::cpu_time};
-use crate::{cli::BenchTier, output::Output};
+use crate::{cli::BenchTier, config::ReaderSetting, output::Output};
 
 /// What to measure.
 pub(crate) struct Options {
@@ -30,7 +30,7 @@ pub(crate) struct Options {
     /// Bytes of the ring that the model passes through; `None`: it stays in memory.
     pub(crate) ring: Option<ByteSize>,
     pub(crate) threads: Option<usize>,
-    pub(crate) mode: ReadMode,
+    pub(crate) reader: ReaderSetting,
     /// Compare what arrived with the files.
     pub(crate) verify: bool,
     /// Memory that other processes can map.
@@ -240,7 +240,8 @@ impl Bench<'_> {
             read_threads,
             shared: self.options.shared,
             chunk: self.options.chunk,
-            read_mode: self.options.mode,
+            read_mode: self.options.reader.mode(),
+            opener: Arc::new(self.options.reader.files()),
             ..StoreConfig::new(pool)
         })?;
         store.attach(&*self.device, ByteSize::ZERO);
@@ -349,11 +350,11 @@ impl Limits {
     }
 
     fn read_and_copy(&self, bench: &Bench<'_>) -> anyhow::Result<()> {
-        let mode = bench.options.mode;
+        let (files, mode) = (bench.options.reader.files(), bench.options.reader.mode());
         let mut work: Vec<(Arc<dyn Reader>, u64, usize, u64)> = Vec::new();
         let mut to = 0;
         for file in bench.files.files() {
-            let reader = LocalFiles::default().open(&file.path, mode)?;
+            let reader = files.open(&file.path, mode)?;
             let mut offset = 0;
             while offset < file.identity.len {
                 let len = (file.identity.len - offset).min(bench.options.chunk.0);
