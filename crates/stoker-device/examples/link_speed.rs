@@ -150,7 +150,7 @@ fn copies(device: &CudaDevice, address: usize, total: usize, chunk: usize, name:
                 let base = i * chunk;
                 let cuts = (from..chunk)
                     .step_by(cut)
-                    .map(|at| Cut { from: at, len: cut.min(chunk - at), to: (base + to + at - from) as u64 })
+                    .map(|at| Cut::range(at, cut.min(chunk - at), (base + to + at - from) as u64))
                     .collect();
                 device.copy(Transfer {
                     from: Box::new(Part(address + base, chunk)),

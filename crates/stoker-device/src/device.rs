@@ -63,15 +63,49 @@ pub struct Transfer {
     pub done: Done,
 }
 
-/// One range of a copy.
+/// One range of a copy, or several rows of the same length that lie at regular distances in the host's buffer and side by
+/// side in the slab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
     /// First byte in the host's buffer.
     pub from: usize,
-    /// How many.
+    /// Bytes of a row.
     pub len: usize,
     /// First byte in the slab.
     pub to: u64,
+    /// How many rows.
+    pub rows: usize,
+    /// Bytes from the beginning of one row to that of the next in the host's buffer, at least `len`; means nothing when
+    /// there is one row.
+    pub pitch: usize,
+}
+
+// === impl Cut ===
+
+impl Cut {
+    /// One range.
+    #[must_use]
+    pub const fn range(from: usize, len: usize, to: u64) -> Self {
+        Self { from, len, to, rows: 1, pitch: len }
+    }
+
+    /// Bytes that it copies.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        (self.len as u64).saturating_mul(self.rows as u64)
+    }
+
+    /// Its rows one by one: first byte in the host's buffer and in the slab.
+    pub(crate) fn each_row(&self) -> impl Iterator<Item = (usize, u64)> {
+        let Self { from, len, to, pitch, .. } = *self;
+        (0..self.rows).map(move |row| (from + row * pitch, to + (row * len) as u64))
+    }
+
+    /// Bytes of the host's buffer from its first to its last, what lies between rows included.
+    pub(crate) const fn host_len(&self) -> u64 {
+        let before_last = (self.pitch as u64).saturating_mul((self.rows as u64).saturating_sub(1));
+        before_last.saturating_add(self.len as u64)
+    }
 }
 
 // === impl Transfer ===
@@ -80,7 +114,7 @@ impl Transfer {
     /// Bytes that it copies.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.cuts.iter().map(|cut| cut.len as u64).sum()
+        self.cuts.iter().map(Cut::bytes).sum()
     }
 
     /// Whether every range is within its buffer and its slab, and the slab on device `ordinal`.
@@ -88,12 +122,16 @@ impl Transfer {
         self.to.check_device(ordinal)?;
         let host = (*self.from).as_ref().len() as u64;
         for cut in &self.cuts {
-            let (from, len) = (cut.from as u64, cut.len as u64);
-            let end = from.saturating_add(len);
+            let from = cut.from as u64;
+            let end = from.saturating_add(cut.host_len());
             if end > host {
                 return Err(DeviceError::OutOfRange { what: "host buffer", at: from, end, len: host });
             }
-            self.to.check_range(cut.to, len)?;
+            if cut.rows > 1 && cut.pitch < cut.len {
+                let (end, len) = (cut.len as u64, cut.pitch as u64);
+                return Err(DeviceError::OutOfRange { what: "row", at: 0, end, len });
+            }
+            self.to.check_range(cut.to, cut.bytes())?;
         }
         Ok(())
     }

@@ -223,7 +223,9 @@ impl Shared {
         };
         let host = (*transfer.from).as_ref();
         for cut in &transfer.cuts {
-            memory.write(cut.to, &host[cut.from..cut.from + cut.len]);
+            for (from, to) in cut.each_row() {
+                memory.write(to, &host[from..from + cut.len]);
+            }
         }
         if let Some(rate) = self.rate {
             let takes = ByteSize(transfer.bytes()).at(rate);
@@ -321,7 +323,7 @@ mod tests {
     fn cuts_arrive_where_they_should() {
         let device = device(&SimulatedOptions::default());
         let slab = device.allocate(ByteSize(10_000), ByteSize::ZERO).unwrap();
-        let cuts = vec![Cut { from: 2, len: 3, to: 9_000 }, Cut { from: 0, len: 2, to: 7 }];
+        let cuts = vec![Cut::range(2, 3, 9_000), Cut::range(0, 2, 7)];
         copy(&device, vec![1, 2, 3, 4, 5], &slab, cuts).unwrap();
         let mut got = [9; 4];
         device.read(&slab, 8_999, &mut got).unwrap();
@@ -334,15 +336,15 @@ mod tests {
     fn ranges_outside_are_refused() {
         let device = device(&SimulatedOptions::default());
         let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
-        let host = copy(&device, vec![0; 8], &slab, vec![Cut { from: 4, len: 5, to: 0 }]);
+        let host = copy(&device, vec![0; 8], &slab, vec![Cut::range(4, 5, 0)]);
         assert_eq!(host, Err(DeviceError::OutOfRange { what: "host buffer", at: 4, end: 9, len: 8 }));
-        let beyond = copy(&device, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: 4089 }]);
+        let beyond = copy(&device, vec![0; 8], &slab, vec![Cut::range(0, 8, 4089)]);
         assert_eq!(beyond, Err(DeviceError::OutOfRange { what: "slab", at: 4089, end: 4097, len: 4096 }));
-        let far = copy(&device, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: u64::MAX }]);
+        let far = copy(&device, vec![0; 8], &slab, vec![Cut::range(0, 8, u64::MAX)]);
         assert!(matches!(far, Err(DeviceError::OutOfRange { what: "slab", .. })), "{far:?}");
         let other = device_of(1);
         assert_eq!(
-            copy(&other, vec![0; 8], &slab, vec![Cut { from: 0, len: 8, to: 0 }]),
+            copy(&other, vec![0; 8], &slab, vec![Cut::range(0, 8, 0)]),
             Err(DeviceError::WrongDevice { is: 0, wanted: 1 })
         );
     }
@@ -377,7 +379,7 @@ mod tests {
         let rate = Some(BytesPerSec(1e9));
         let device = device(&SimulatedOptions { rate, ..SimulatedOptions::default() });
         let slab = device.allocate(ByteSize(1_000_000), ByteSize::ZERO).unwrap();
-        copy(&device, vec![1; 1_000_000], &slab, vec![Cut { from: 0, len: 1_000_000, to: 0 }]).unwrap();
+        copy(&device, vec![1; 1_000_000], &slab, vec![Cut::range(0, 1_000_000, 0)]).unwrap();
         assert_eq!(device.modelled(), Duration::from_millis(1));
     }
 
@@ -385,7 +387,7 @@ mod tests {
     fn a_lost_device_fails_everything_after() {
         let device = device(&SimulatedOptions::default());
         let slab = device.allocate(ByteSize(4096), ByteSize::ZERO).unwrap();
-        let whole = || vec![Cut { from: 0, len: 100, to: 0 }];
+        let whole = || vec![Cut::range(0, 100, 0)];
         let lost = DeviceError::Lost {
             device: 0,
             call: "copy",
@@ -412,7 +414,7 @@ mod tests {
             device.copy(Transfer {
                 from: Box::new(vec![0; 4096]),
                 to: slab.clone(),
-                cuts: vec![Cut { from: 0, len: 4096, to: 0 }],
+                cuts: vec![Cut::range(0, 4096, 0)],
                 done: Box::new(move |result| sender.send(result).unwrap()),
             });
         }

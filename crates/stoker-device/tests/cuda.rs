@@ -120,7 +120,7 @@ fn every_alignment_arrives() {
     for (i, from) in [0, 1, 2, 3, 8, 24, 255, 256, 4096, 4097].into_iter().enumerate() {
         let len = 70_000 + i * 3;
         let to = (i as u64) * (1 << 19) + [0, 256, 8, 1, 2][i % 5];
-        copy(&device, Shared(Arc::clone(&host)), &slab, vec![Cut { from, len, to }]).unwrap();
+        copy(&device, Shared(Arc::clone(&host)), &slab, vec![Cut::range(from, len, to)]).unwrap();
         let mut got = vec![0; len];
         device.read(&slab, to, &mut got).unwrap();
         assert!(got == (*host).as_ref()[from..from + len], "from {from} to {to}");
@@ -142,7 +142,7 @@ fn many_copies_end_once_each_and_memory_comes_back() {
             device.copy(Transfer {
                 from: Box::new(Shared(Arc::clone(&host))),
                 to: slab.clone(),
-                cuts: vec![Cut { from, len: 4 << 20, to: i << 22 }],
+                cuts: vec![Cut::range(from, 4 << 20, i << 22)],
                 done: Box::new(move |result| sender.send((i, result)).unwrap()),
             });
         }
@@ -198,7 +198,7 @@ fn another_process_maps_a_slab() {
     let device = Arc::new(device());
     let host = Pinned::new(&device, 8 << 20, 9);
     let slab = device.allocate(ByteSize::mib(8), ByteSize::mib(2)).unwrap();
-    copy(&device, Shared(host), &slab, vec![Cut { from: 0, len: 8 << 20, to: 0 }]).unwrap();
+    copy(&device, Shared(host), &slab, vec![Cut::range(0, 8 << 20, 0)]).unwrap();
     let fds = slab.export().unwrap();
     assert_eq!(fds.len(), 4);
     for fd in &fds {
@@ -231,7 +231,7 @@ fn a_helper_lends_its_link() {
     let (sender, done) = mpsc::channel();
     for i in 0..16 {
         let sender = sender.clone();
-        let cut = |from: usize, len| Cut { from, len, to: from as u64 };
+        let cut = |from: usize, len| Cut::range(from, len, from as u64);
         let at = i << 24;
         device.copy(Transfer {
             from: Box::new(Shared(Arc::clone(&host))),

@@ -1,13 +1,21 @@
 //! A model's way to a device: chunks are copied as they become ready, in execution order.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
-use stoker_device::{Device, HostBytes, Slab, Transfer};
+use parking_lot::Mutex;
+use stoker_device::{Cut, Device, HostBytes, Slab, Transfer};
 use stoker_io::Chunk;
 use stoker_types::ByteSize;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -94,13 +102,26 @@ struct Flights {
     settled: usize,
 }
 
-/// The end of a copy.
-struct Ended {
+/// A chunk that devices have.
+struct Landing {
     position: usize,
     bytes: u64,
-    result: Result<(), stoker_device::DeviceError>,
+    /// Copies of it that have not ended.
+    left: AtomicUsize,
     _place: OwnedSemaphorePermit,
 }
+
+/// The end of a copy.
+struct Ended {
+    chunk: Arc<Landing>,
+    /// Whether it was the chunk's last one.
+    last: bool,
+    result: Result<(), stoker_device::DeviceError>,
+}
+
+/// A chunk's bytes for several devices.
+#[derive(Clone)]
+struct SharedBytes(Arc<dyn HostBytes>);
 
 /// How far the model has arrived, without a gap.
 struct Arrivals {
@@ -110,6 +131,17 @@ struct Arrivals {
     beyond: BTreeSet<(usize, u64)>,
     bytes: u64,
     first: Option<Duration>,
+    lane: Lane,
+}
+
+/// One of the ways by which a model arrives, each with its own progress. What all have reached is published.
+struct Lane {
+    index: usize,
+    published: Arc<Published>,
+}
+
+struct Published {
+    reached: Mutex<Vec<u64>>,
     arrived: watch::Sender<u64>,
 }
 
@@ -119,25 +151,41 @@ impl Delivering {
     pub(crate) fn begin(
         shared: &Arc<Shared>,
         files: &CheckpointFiles,
-        target: DeviceTarget,
+        targets: Vec<DeviceTarget>,
         keep: Keep,
         priority: Priority,
     ) -> Result<Self, LoadError> {
-        let needed = target.layout.bytes();
-        if needed > target.slab.bytes() {
-            return Err(LoadError::SlabTooSmall { needed, slab: target.slab.bytes() });
+        assert!(!targets.is_empty(), "a delivery goes to at least one device");
+        for target in &targets {
+            let (needed, slab) = (target.layout.bytes(), target.slab.bytes());
+            if needed > slab {
+                return Err(LoadError::SlabTooSmall { needed, slab });
+            }
         }
-        let source = Source::begin(shared, files, keep, priority)?;
-        let (arrived, watched) = watch::channel(0);
         let cancel = CancellationToken::new();
-        let delivery = Delivery {
-            shared: Arc::clone(shared),
-            files: files.clone(),
-            target,
-            cancel: cancel.clone(),
-            started: shared.now(),
+        let started = shared.now();
+        let first = Source::begin(shared, files, keep, priority)?;
+        let ways: Vec<_> = match first {
+            // What is in memory goes to each device at that one's speed; all join one load.
+            Source::Memory { .. } => {
+                let others = targets.len().saturating_sub(1);
+                let others = (0..others).map(|_| Source::begin(shared, files, keep, priority));
+                let sources = std::iter::once(Ok(first)).chain(others).collect::<Result<Vec<_>, _>>()?;
+                sources.into_iter().zip(targets.into_iter().map(|target| vec![target])).collect()
+            }
+            // What passes once goes to all as it does.
+            Source::Ring(_) => vec![(first, targets)],
         };
-        let task = tokio::spawn(delivery.run(source, arrived));
+        let (arrived, watched) = watch::channel(0);
+        let published = Published { reached: Mutex::new(vec![0; ways.len()]), arrived };
+        let published = Arc::new(published);
+        let mut runs = JoinSet::new();
+        for (index, (source, targets)) in ways.into_iter().enumerate() {
+            let (shared, files, cancel) = (Arc::clone(shared), files.clone(), cancel.clone());
+            let delivery = Delivery { shared, files, targets, cancel, started };
+            runs.spawn(delivery.run(source, Lane { index, published: Arc::clone(&published) }));
+        }
+        let task = tokio::spawn(join(runs, cancel.clone()));
         let _on_drop = cancel.clone().drop_guard();
         Ok(Self { task, arrived: watched, total: files.bytes(), cancel, _on_drop })
     }
@@ -176,17 +224,49 @@ fn flatten(
     ended.unwrap_or(Err(LoadError::Closed))
 }
 
+/// Waits for all ways by which a model arrives. The first that fails ends the others.
+async fn join(
+    mut runs: JoinSet<Result<Delivered, LoadError>>,
+    cancel: CancellationToken,
+) -> Result<Delivered, LoadError> {
+    let mut all: Result<Option<Delivered>, LoadError> = Ok(None);
+    while let Some(run) = runs.join_next().await {
+        let run = flatten(run).inspect_err(|_| cancel.cancel());
+        all = match (all, run) {
+            (Ok(None), Ok(one)) => Ok(Some(one)),
+            (Ok(Some(all)), Ok(one)) => Ok(Some(all.and(one))),
+            // What comes after the first error is that the others were cancelled.
+            (Err(first), _) | (Ok(_), Err(first)) => Err(first),
+        };
+    }
+    all?.ok_or(LoadError::Closed)
+}
+
+// === impl Delivered ===
+
+impl Delivered {
+    /// Two parts of one delivery.
+    fn and(self, other: Self) -> Self {
+        Self {
+            copied: self.copied + other.copied,
+            total: self.total.max(other.total),
+            first: self.first.min(other.first),
+            ..self
+        }
+    }
+}
+
 struct Delivery {
     shared: Arc<Shared>,
     files: CheckpointFiles,
-    target: DeviceTarget,
+    targets: Vec<DeviceTarget>,
     cancel: CancellationToken,
     started: Duration,
 }
 
 impl Delivery {
-    async fn run(self, mut source: Source, arrived: watch::Sender<u64>) -> Result<Delivered, LoadError> {
-        let mut flights = Flights::new(arrived);
+    async fn run(self, mut source: Source, lane: Lane) -> Result<Delivered, LoadError> {
+        let mut flights = Flights::new(lane);
         let passed = self.pass(&mut source, &mut flights).await;
         // However it went: the slab is nobody else's while the device still writes to it.
         let settled = flights.settle(&self).await;
@@ -198,13 +278,15 @@ impl Delivery {
         let total = self.elapsed();
         let first = flights.arrivals.first.unwrap_or(total);
         let (load, resident) = source.finish(&self.cancel).await?;
-        let copied = self.target.layout.bytes();
         let model = &self.files.key().name;
-        let device = self.target.device.info().ordinal;
-        tracing::info!(%model, device, %copied, time = ?total, "on the device");
-        self.shared.copies_measured(device);
-        metrics::counter!("stoker_store_device_bytes_total", "device" => device.to_string())
-            .increment(copied.bytes());
+        for target in &self.targets {
+            let (device, copied) = (target.device.info().ordinal, target.layout.bytes());
+            tracing::info!(%model, device, %copied, time = ?total, "on the device");
+            self.shared.copies_measured(device);
+            metrics::counter!("stoker_store_device_bytes_total", "device" => device.to_string())
+                .increment(copied.bytes());
+        }
+        let copied = ByteSize(self.targets.iter().map(|target| target.layout.bytes().bytes()).sum());
         Ok(Delivered { load, copied, total, first, resident })
     }
 
@@ -309,9 +391,9 @@ async fn pinned(chunk: Chunk) -> Chunk {
 // === impl Flights ===
 
 impl Flights {
-    fn new(arrived: watch::Sender<u64>) -> Self {
+    fn new(lane: Lane) -> Self {
         let (sender, ended) = mpsc::unbounded_channel();
-        let arrivals = Arrivals { prefix: 0, beyond: BTreeSet::new(), bytes: 0, first: None, arrived };
+        let arrivals = Arrivals { prefix: 0, beyond: BTreeSet::new(), bytes: 0, first: None, lane };
         Self { places: Arc::new(Semaphore::new(QUEUED)), ended, sender, arrivals, queued: 0, settled: 0 }
     }
 
@@ -334,6 +416,7 @@ impl Flights {
         }
     }
 
+    /// Has every device copy what it gets of a chunk.
     fn queue(
         &mut self,
         delivery: &Delivery,
@@ -343,37 +426,63 @@ impl Flights {
         place: OwnedSemaphorePermit,
     ) {
         let bytes = delivery.files.chunk_len(at);
-        let cuts = delivery.target.layout.cuts(&delivery.files, at);
-        let sender = self.sender.clone();
-        self.queued += 1;
-        let end = move |result| {
-            // Nobody waits for it when the runtime is going down.
-            let _ = sender.send(Ended { position, bytes, result, _place: place });
-        };
-        if cuts.is_empty() {
+        let mut copies: Vec<_> = delivery
+            .targets
+            .iter()
+            .map(|target| (target, target.layout.cuts(&delivery.files, at)))
+            .filter(|(_, cuts)| !cuts.is_empty())
+            .collect();
+        let left = AtomicUsize::new(copies.len());
+        let chunk = Arc::new(Landing { position, bytes, left, _place: place });
+        let Some((target, cuts)) = copies.pop() else {
             drop(from);
-            return end(Ok(()));
+            self.queued += 1;
+            // This value has the receiver.
+            let _ = self.sender.send(Ended { chunk, last: true, result: Ok(()) });
+            return;
+        };
+        if copies.is_empty() {
+            return self.copy(delivery, target, cuts, from, chunk);
         }
-        let to = delivery.target.slab.clone();
-        let copied: u64 = cuts.iter().map(|cut| cut.len as u64).sum();
-        let (shared, device) = (Arc::clone(&delivery.shared), delivery.target.device.info().ordinal);
+        let from = SharedBytes(Arc::from(from));
+        copies.push((target, cuts));
+        for (target, cuts) in copies {
+            self.copy(delivery, target, cuts, Box::new(from.clone()), Arc::clone(&chunk));
+        }
+    }
+
+    fn copy(
+        &mut self,
+        delivery: &Delivery,
+        target: &DeviceTarget,
+        cuts: Vec<Cut>,
+        from: Box<dyn HostBytes>,
+        chunk: Arc<Landing>,
+    ) {
+        self.queued += 1;
+        let sender = self.sender.clone();
+        let copied: u64 = cuts.iter().map(Cut::bytes).sum();
+        let (shared, device) = (Arc::clone(&delivery.shared), target.device.info().ordinal);
         shared.copy_begins(device);
         let done = Box::new(move |result: Result<_, _>| {
             shared.copy_ended(device, if result.is_ok() { copied } else { 0 });
-            end(result);
+            let last = chunk.left.fetch_sub(1, Ordering::AcqRel) == 1;
+            // Nobody waits for it when the runtime is going down.
+            let _ = sender.send(Ended { chunk, last, result });
         });
-        delivery.target.device.copy(Transfer { from, to, cuts, done });
+        target.device.copy(Transfer { from, to: target.slab.clone(), cuts, done });
     }
 
     fn note(&mut self, delivery: &Delivery, ended: Ended) -> Result<(), LoadError> {
         self.settled += 1;
         match ended.result {
-            Ok(()) => {
-                self.arrivals.note(ended.position, ended.bytes, delivery);
-                Ok(())
+            Ok(()) if ended.last => self.arrivals.note(ended.chunk.position, ended.chunk.bytes, delivery),
+            Ok(()) => {}
+            Err(source) => {
+                return Err(LoadError::Device { model: delivery.files.key().name.clone(), source });
             }
-            Err(source) => Err(LoadError::Device { model: delivery.files.key().name.clone(), source }),
         }
+        Ok(())
     }
 
     /// Waits until the device has nothing any more; the first error counts.
@@ -402,8 +511,27 @@ impl Arrivals {
             self.bytes += bytes;
         }
         if self.prefix > before {
-            self.arrived.send_replace(self.bytes);
+            self.lane.reached(self.bytes);
         }
+    }
+}
+
+// === impl Lane ===
+
+impl Lane {
+    fn reached(&self, bytes: u64) {
+        let mut reached = self.published.reached.lock();
+        reached[self.index] = bytes;
+        let all = reached.iter().copied().min().unwrap_or(0);
+        self.published.arrived.send_if_modified(|arrived| std::mem::replace(arrived, all) < all);
+    }
+}
+
+// === impl SharedBytes ===
+
+impl AsRef<[u8]> for SharedBytes {
+    fn as_ref(&self) -> &[u8] {
+        (*self.0).as_ref()
     }
 }
 
@@ -513,6 +641,82 @@ mod tests {
         assert!(device.modelled() >= Duration::from_nanos(3 * layout * 9 / 10), "a byte takes a nanosecond");
         assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO);
         assert!(store.device_rate(0).is_none_or(|rate| rate.0 > 0.0));
+    }
+
+    #[tokio::test]
+    async fn each_device_gets_its_slices_and_every_byte_is_read_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 40);
+        // Tensors over the first file's bytes, in rows of which each rank gets a part, and one that all get whole.
+        let tensor = |offset, shape: [u64; 2]| stoker_checkpoint::Tensor {
+            name: format!("t{offset}"),
+            role: None,
+            dtype: stoker_types::DType::U8,
+            len: shape[0] * shape[1],
+            shape: shape.into(),
+            file: 0,
+            offset,
+        };
+        let tensors = [tensor(8, [300, 999]), tensor(300_000, [9, 50_000]), tensor(800_001, [1, 333])];
+        const WORLD: u32 = 3;
+        for (chunks, keep) in [(60, Keep::All), (6, Keep::All), (60, Keep::Nothing { ring_chunks: 2 })] {
+            let store = store(chunks);
+            let devices: Vec<_> = (0..WORLD).map(|_| device(SimulatedOptions::default())).collect();
+            let ranks: Vec<Vec<_>> = (0..WORLD)
+                .map(|rank| {
+                    let shard = crate::Shard::new(rank, WORLD).unwrap();
+                    let columns = shard.of(&tensors[0], 1).unwrap();
+                    let rows = shard.of(&tensors[1], 0).unwrap();
+                    vec![columns, rows, crate::TensorPart::whole(&tensors[2])]
+                })
+                .collect();
+            let targets: Vec<_> = devices
+                .iter()
+                .zip(&ranks)
+                .map(|(device, parts)| {
+                    let layout = Arc::new(Layout::of_parts(parts));
+                    let slab = device.allocate(layout.bytes(), ByteSize::mib(2)).unwrap();
+                    DeviceTarget { device: device.clone() as Arc<dyn Device>, slab, layout }
+                })
+                .collect();
+            let delivering =
+                store.deliver_to_all(&model.files, targets.clone(), keep, Priority::Demand).unwrap();
+            let arrived = delivering.arrived();
+            let delivered = delivering.wait(&CancellationToken::new()).await.unwrap();
+            assert_eq!(delivered.load.bytes_from(stoker_types::Tier::Ssd), model.files.bytes(), "read once");
+            assert_eq!(*arrived.borrow(), model.files.bytes().bytes());
+            for (target, parts) in targets.iter().zip(&ranks) {
+                for (part, to) in parts.iter().zip(target.layout.tensors()) {
+                    let mut got = vec![0; usize::try_from(part.bytes()).unwrap()];
+                    target.device.read(&target.slab, *to, &mut got).unwrap();
+                    let runs = part.runs().flat_map(|(at, len)| {
+                        let at = usize::try_from(at).unwrap();
+                        &model.bytes[0][at..at + usize::try_from(len).unwrap()]
+                    });
+                    assert!(got.iter().eq(runs), "{part:?}");
+                }
+            }
+            assert_eq!(delivered.copied, ByteSize(targets.iter().map(|t| t.layout.bytes().bytes()).sum()));
+        }
+    }
+
+    #[tokio::test]
+    async fn one_device_that_fails_ends_the_delivery_to_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 40);
+        for keep in [Keep::All, Keep::Nothing { ring_chunks: 4 }] {
+            let store = store(60);
+            let devices = [device(SimulatedOptions::default()), device(SimulatedOptions::default())];
+            let targets = devices.iter().map(|device| target(device, &model)).collect();
+            let fault = DeviceError::Simulated { device: 0, what: "bus error" };
+            devices[1].fail_after(ByteSize(500_000), fault.clone());
+            let delivering = store.deliver_to_all(&model.files, targets, keep, Priority::Demand).unwrap();
+            let error = delivering.wait(&CancellationToken::new()).await.unwrap_err();
+            assert!(matches!(&error, LoadError::Device { source, .. } if *source == fault), "{error}");
+            for device in devices {
+                assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO, "no copy holds a slab any more");
+            }
+        }
     }
 
     #[tokio::test]

@@ -8,7 +8,10 @@ use stoker_checkpoint::Manifest;
 use stoker_device::Cut;
 use stoker_types::ByteSize;
 
-use crate::files::{CheckpointFiles, ChunkRef};
+use crate::{
+    files::{CheckpointFiles, ChunkRef},
+    slice::{Rows, Shard, SliceError, TensorPart},
+};
 
 /// Every tensor's address on the device is a multiple of it, bytes: what vector loads and matrix units want at most.
 pub const ALIGN: u64 = 256;
@@ -40,10 +43,10 @@ pub struct Layout {
     tensors: Vec<u64>,
 }
 
-/// Bytes that lie side by side, in a file and on the device.
+/// Bytes that lie side by side on the device, and in a file too or at regular distances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Span {
-    from: FileRange,
+    from: Rows,
     to: u64,
 }
 
@@ -60,10 +63,31 @@ impl Layout {
         }))
     }
 
+    /// One device's part of a model that is split over several.
+    ///
+    /// # Errors
+    /// [`SliceError`].
+    pub fn of_shard(manifest: &Manifest, shard: Shard) -> Result<Self, SliceError> {
+        Ok(Self::of_parts(&shard.of_manifest(manifest)?))
+    }
+
     /// Tensors with these bytes. Those with the same bytes (tied weights) lie at the same place.
     #[must_use]
     pub fn new(tensors: impl IntoIterator<Item = FileRange>) -> Self {
-        let ranges: Vec<_> = tensors.into_iter().collect();
+        Self::place(tensors.into_iter().map(|range| {
+            let FileRange { file, offset, len } = range;
+            Rows { file, offset, len, rows: 1, pitch: len }
+        }))
+    }
+
+    /// Tensors, or parts of them.
+    #[must_use]
+    pub fn of_parts<'a>(parts: impl IntoIterator<Item = &'a TensorPart>) -> Self {
+        Self::place(parts.into_iter().map(|part| part.rows))
+    }
+
+    fn place(tensors: impl Iterator<Item = Rows>) -> Self {
+        let ranges: Vec<_> = tensors.collect();
         let mut sorted: Vec<usize> = (0..ranges.len()).collect();
         sorted.sort_by_key(|tensor| ranges[*tensor]);
         let mut spans: Vec<Span> = Vec::new();
@@ -74,14 +98,17 @@ impl Layout {
             if let Some(span) = spans.last_mut()
                 && let Some(at) = span.place(range)
             {
-                span.from.len = span.from.len.max(range.end() - span.from.offset);
-                end = span.to + span.from.len;
+                if range.rows == 1 {
+                    let len = span.from.len.max(range.end() - span.from.offset);
+                    (span.from.len, span.from.pitch) = (len, len);
+                }
+                end = span.to + span.from.bytes();
                 placed[tensor] = at;
                 continue;
             }
             let to = end.next_multiple_of(ALIGN);
             placed[tensor] = to;
-            end = to + range.len;
+            end = to + range.bytes();
             spans.push(Span { from: range, to });
         }
         let mut reach: Vec<u64> = Vec::with_capacity(spans.len());
@@ -114,14 +141,17 @@ impl Layout {
         self.spans[first..]
             .iter()
             .take_while(|span| (span.from.file, span.from.offset) < (file, end))
-            .filter_map(|span| {
-                let from = span.from.offset.max(begin);
-                let len = span.from.end().min(end).saturating_sub(from);
-                Some(Cut {
-                    from: usize::try_from(from - begin).ok()?,
-                    len: usize::try_from(len).ok().filter(|len| *len > 0)?,
-                    to: span.to + (from - span.from.offset),
-                })
+            .flat_map(|span| {
+                let cut = move |(from, len, to, rows): (u64, u64, u64, u64)| {
+                    Some(Cut {
+                        from: usize::try_from(from - begin).ok()?,
+                        len: usize::try_from(len).ok()?,
+                        to: span.to + to,
+                        rows: usize::try_from(rows).ok()?,
+                        pitch: usize::try_from(span.from.pitch).ok()?,
+                    })
+                };
+                span.from.within(begin, end).filter_map(cut)
             })
             .collect()
     }
@@ -130,19 +160,14 @@ impl Layout {
 // === impl Span ===
 
 impl Span {
-    /// Where a range that begins no earlier comes to lie, if it can be part of the span.
-    fn place(&self, range: FileRange) -> Option<u64> {
+    /// Where bytes that begin no earlier come to lie, if they can be part of the span.
+    fn place(&self, range: Rows) -> Option<u64> {
+        if range.rows > 1 || self.from.rows > 1 {
+            return (range == self.from).then_some(self.to);
+        }
         let near = range.file == self.from.file && range.offset <= self.from.end().saturating_add(GAP);
         let at = self.to + range.offset.checked_sub(self.from.offset)?;
         (near && at.is_multiple_of(ALIGN)).then_some(at)
-    }
-}
-
-// === impl FileRange ===
-
-impl FileRange {
-    fn end(&self) -> u64 {
-        self.offset.saturating_add(self.len)
     }
 }
 
@@ -203,7 +228,8 @@ mod tests {
             let byte = |file: u32, at: u64| (at + u64::from(file)).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[5];
             let mut device = vec![0_u8; usize::try_from(layout.bytes().bytes()).unwrap()];
             for at in files.order() {
-                for Cut { from, len, to } in layout.cuts(&files, *at) {
+                for Cut { from, len, to, rows, .. } in layout.cuts(&files, *at) {
+                    prop_assert_eq!(rows, 1);
                     for i in 0..len {
                         device[usize::try_from(to).unwrap() + i] = byte(at.file, files.offset(*at) + (from + i) as u64);
                     }

@@ -147,7 +147,25 @@ impl Store {
         keep: Keep,
         priority: Priority,
     ) -> Result<Delivering, LoadError> {
-        Delivering::begin(&self.shared, files, target, keep, priority)
+        self.deliver_to_all(files, vec![target], keep, priority)
+    }
+
+    /// As [`Self::deliver`], to several devices: every byte is read once, and each device gets what its layout has of it
+    /// ([`crate::Layout::of_shard`]), over its own link.
+    ///
+    /// # Errors
+    /// As [`Self::deliver`].
+    ///
+    /// # Panics
+    /// When there is no target.
+    pub fn deliver_to_all(
+        &self,
+        files: &CheckpointFiles,
+        targets: Vec<DeviceTarget>,
+        keep: Keep,
+        priority: Priority,
+    ) -> Result<Delivering, LoadError> {
+        Delivering::begin(&self.shared, files, targets, keep, priority)
     }
 
     /// Has memory pinned for a device from now on: what is read into, and what is copied from. `ahead` bytes of free

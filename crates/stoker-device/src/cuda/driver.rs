@@ -16,7 +16,7 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Every function that this crate calls. cudarc looks a function up when it is first called, and panics when there is
 /// none: so each is looked up before.
-const SYMBOLS: [&str; 38] = [
+const SYMBOLS: [&str; 39] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -46,6 +46,7 @@ const SYMBOLS: [&str; 38] = [
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
     "cuMemcpyHtoDAsync_v2",
+    "cuMemcpy2DAsync_v2",
     "cuMemcpyDtoH_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuStreamCreateWithPriority",

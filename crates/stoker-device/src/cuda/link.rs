@@ -18,7 +18,7 @@ use super::{
     memory::Mapping,
 };
 use crate::{
-    device::{Done, HostBytes, Transfer},
+    device::{Cut, Done, HostBytes, Transfer},
     error::DeviceError,
     queue::Queue,
     slab::Slab,
@@ -225,7 +225,7 @@ impl Way {
                 let stream = &streams[*next];
                 let host = (*transfer.from).as_ref();
                 for cut in &transfer.cuts {
-                    to_device(stream, transfer.to.address() + cut.to, &host[cut.from..cut.from + cut.len])?;
+                    to_device(stream, transfer.to.address() + cut.to, host, cut)?;
                 }
                 events.rotate_left(1);
                 let end = Arc::clone(&events[0]);
@@ -266,21 +266,23 @@ impl Helper {
         self.up.wait(&slot.empty)?;
         let mut at = base;
         for cut in &transfer.cuts {
-            to_device(&self.up, at, &host[cut.from..cut.from + cut.len])?;
-            at += cut.len as u64;
+            to_device(&self.up, at, host, cut)?;
+            at += cut.bytes();
         }
         slot.full.record(&self.up)?;
         self.down.wait(&slot.full)?;
         at = base;
         for cut in &transfer.cuts {
             let to = transfer.to.address() + cut.to;
+            // The rows lie side by side by now.
+            let bytes = cut.len * cut.rows;
             // Within the helper's context, which may write to the slab. (The call for two contexts goes through host
             // memory here: memory of this kind has its access rights by range, and none between contexts.)
             // SAFETY: the slot holds the bytes once `full` is reached; the target's range was checked, and its slab is
             // held until the end.
-            let queued = unsafe { sys::cuMemcpyDtoDAsync_v2(to, at, cut.len, self.down.raw) };
+            let queued = unsafe { sys::cuMemcpyDtoDAsync_v2(to, at, bytes, self.down.raw) };
             self.up.context.check("cuMemcpyDtoDAsync", queued)?;
-            at += cut.len as u64;
+            at += cut.bytes();
         }
         slot.empty.record(&self.down)?;
         events.rotate_left(1);
@@ -290,10 +292,35 @@ impl Helper {
     }
 }
 
-fn to_device(stream: &Stream, to: CUdeviceptr, bytes: &[u8]) -> Result<(), DeviceError> {
-    // SAFETY: the target range was checked; its slab and the host's bytes are held until the copy has ended.
-    let queued = unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), stream.raw) };
-    stream.context.check("cuMemcpyHtoDAsync", queued)
+/// Queues the copy of a part of `host`, whose range was checked.
+fn to_device(stream: &Stream, to: CUdeviceptr, host: &[u8], cut: &Cut) -> Result<(), DeviceError> {
+    let from = host[cut.from..].as_ptr();
+    if cut.rows == 1 {
+        // SAFETY: both ranges were checked; the target's slab and the host's bytes are held until the copy has ended.
+        let queued = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), cut.len, stream.raw) };
+        return stream.context.check("cuMemcpyHtoDAsync", queued);
+    }
+    let rows = sys::CUDA_MEMCPY2D_v2 {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+        srcHost: from.cast(),
+        srcDevice: 0,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: cut.pitch,
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstHost: std::ptr::null_mut(),
+        dstDevice: to,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: cut.len,
+        WidthInBytes: cut.len,
+        Height: cut.rows,
+    };
+    // SAFETY: as above; the description is read before the call returns.
+    let queued = unsafe { sys::cuMemcpy2DAsync_v2(&raw const rows, stream.raw) };
+    stream.context.check("cuMemcpy2DAsync", queued)
 }
 
 // === impl Places ===

@@ -332,7 +332,7 @@ impl Limits {
                     bench.device.copy(Transfer {
                         from: Box::new(chunk.clone()),
                         to: self.slab.clone(),
-                        cuts: vec![Cut { from: 0, len, to }],
+                        cuts: vec![Cut::range(0, len, to)],
                         // The receiver waits until the last sender is gone.
                         done: Box::new(move |result| drop(sender.send(result))),
                     });
@@ -388,7 +388,7 @@ impl Limits {
                 bench.device.copy(Transfer {
                     from: Box::new(buf.freeze(*len)),
                     to: self.slab.clone(),
-                    cuts: vec![Cut { from: 0, len: *len, to: *to }],
+                    cuts: vec![Cut::range(0, *len, *to)],
                     // The receiver waits for as many as fly.
                     done: Box::new(move |result| drop(sender.send(result))),
                 });
