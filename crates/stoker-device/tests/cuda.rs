@@ -129,6 +129,27 @@ fn every_alignment_arrives() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn rows_come_to_lie_side_by_side() {
+    let device = Arc::new(device());
+    let host = Pinned::new(&device, 4 << 20, 0);
+    let slab = device.allocate(ByteSize::mib(8), ByteSize::mib(2)).unwrap();
+    // Wide, narrow, odd, and rows that overlap in nothing but their ends.
+    for (from, len, pitch, rows, to) in
+        [(0, 5504, 22_016, 190, 256), (7, 333, 1001, 2000, 1), (3, 1, 2, 9000, 77), (64, 4096, 4096, 100, 8)]
+    {
+        let cut = Cut { from, len, to, rows, pitch };
+        copy(&device, Shared(Arc::clone(&host)), &slab, vec![cut]).unwrap();
+        let mut got = vec![0; len * rows];
+        device.read(&slab, to, &mut got).unwrap();
+        for (row, got) in got.chunks(len).enumerate() {
+            let at = from + row * pitch;
+            assert!(got == &(*host).as_ref()[at..at + len], "row {row} of {cut:?}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn many_copies_end_once_each_and_memory_comes_back() {
     let device = Arc::new(device());
     let before = device.memory().unwrap();

@@ -116,7 +116,8 @@ fn read_first(
 ) -> io::Result<RawRead> {
     let chunk = slots.first().ok_or(io::ErrorKind::OutOfMemory)?.len();
     let started = clock::now();
-    let files = LocalFiles { block_bytes: options.block_bytes, direct: DirectIo::Pread };
+    let (block_bytes, direct) = (options.block_bytes, DirectIo::Pread);
+    let files = LocalFiles { block_bytes, direct, ..LocalFiles::default() };
     let reader = files.open(path, ReadMode::Direct)?;
     let len = reader.stamp()?.len.min(most.bytes());
     let next = AtomicU64::new(0);

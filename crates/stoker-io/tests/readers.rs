@@ -50,13 +50,13 @@ fn lengths_around_blocks_and_chunks() {
         let content = bytes(len);
         std::fs::write(&path, &content).unwrap();
         for block_bytes in [4096, 16 << 10, 1 << 20] {
-            let files = LocalFiles { block_bytes, direct: DirectIo::Pread };
+            let files = LocalFiles { block_bytes, direct: DirectIo::Pread, ..LocalFiles::default() };
             let kind = check(&path, ReadMode::Direct, files, &content);
             assert_eq!(kind, ReaderKind::Direct, "these tests need a file system with direct reads");
             check(&path, ReadMode::Buffered, files, &content);
             check(&path, ReadMode::Uncached, files, &content);
             // Where a sandbox refuses rings, this is the same once more, and says so.
-            let files = LocalFiles { block_bytes, direct: DirectIo::Auto };
+            let files = LocalFiles { block_bytes, ..LocalFiles::default() };
             let kind = check(&path, ReadMode::Direct, files, &content);
             let expected = if rings() { ReaderKind::IoUring } else { ReaderKind::Direct };
             assert_eq!(kind, expected);
@@ -87,7 +87,7 @@ proptest! {
             (ReadMode::Buffered, DirectIo::Auto),
         ];
         for (mode, direct) in ways {
-            let reader = LocalFiles { block_bytes: block, direct }.open(&path, mode).unwrap();
+            let reader = LocalFiles { block_bytes: block, direct, ..LocalFiles::default() }.open(&path, mode).unwrap();
             let pool = pool();
             let done = read(&*reader, &pool, at as u64, wanted);
             if at + wanted <= len {

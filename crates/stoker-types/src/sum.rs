@@ -5,7 +5,7 @@ use std::{
     fmt::{self, Write as _},
 };
 
-use crc_fast::{CrcAlgorithm, Digest, checksum_combine};
+use crc_fast::{CrcAlgorithm, Digest};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// CRC-64/NVME of some bytes: the processor's carry-less multiplication computes it at memory speed. In JSON 16
@@ -26,6 +26,35 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// The polynomial of CRC-64/NVME, its coefficients reflected as the sums' are: that of x^0 is the highest bit.
+const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+
+/// x^(2^n) modulo the polynomial: for as many bits as a number of bits can have.
+const POWERS: [u64; 67] = {
+    // x^1.
+    let mut powers = [1 << 62; 67];
+    let mut n = 1;
+    while n < powers.len() {
+        powers[n] = multiply(powers[n - 1], powers[n - 1]);
+        n += 1;
+    }
+    powers
+};
+
+/// The product of two polynomials modulo the CRC's.
+const fn multiply(a: u64, mut b: u64) -> u64 {
+    let (mut product, mut coefficient) = (0, 1 << 63);
+    while coefficient != 0 {
+        if a & coefficient != 0 {
+            product ^= b;
+        }
+        coefficient >>= 1;
+        // b times x.
+        b = (b >> 1) ^ if b & 1 == 1 { POLYNOMIAL } else { 0 };
+    }
+    product
+}
+
 // === impl ChunkSum ===
 
 impl ChunkSum {
@@ -35,10 +64,23 @@ impl ChunkSum {
         Self(crc_fast::crc64_nvme(bytes))
     }
 
-    /// The sum of these bytes and, behind them, `len` bytes whose sum is `next`.
+    /// The sum of these bytes and, behind them, `len` bytes whose sum is `next`. A tenth of a microsecond for each bit that
+    /// is set in `len`.
+    ///
+    /// Bytes that come behind multiply what was before by x^8 each, modulo the CRC's polynomial; the powers of x whose
+    /// exponents are powers of two are known (Mark Adler's method in zlib). The library's function squares a matrix of
+    /// 64 x 64 bits instead, which takes a quarter of a millisecond.
     #[must_use]
-    pub fn then(self, next: Self, len: u64) -> Self {
-        Self(checksum_combine(CrcAlgorithm::Crc64Nvme, self.0, next.0, len))
+    pub const fn then(self, next: Self, len: u64) -> Self {
+        let (mut sum, mut bits, mut power) = (self.0, len, 3);
+        while bits != 0 {
+            if bits & 1 == 1 {
+                sum = multiply(POWERS[power], sum);
+            }
+            bits >>= 1;
+            power += 1;
+        }
+        Self(sum ^ next.0)
     }
 }
 
@@ -116,7 +158,13 @@ mod tests {
         let whole = ChunkSum::of(&bytes);
         for at in [0, 1, 7, 4096, 35_000, 69_999, 70_000] {
             let (a, b) = bytes.split_at(at);
-            assert_eq!(ChunkSum::of(a).then(ChunkSum::of(b), b.len() as u64), whole, "cut at {at}");
+            let (first, second, len) = (ChunkSum::of(a), ChunkSum::of(b), b.len() as u64);
+            assert_eq!(first.then(second, len), whole, "cut at {at}");
+            // The library's, for lengths beyond any file's too.
+            for len in [len, 1 << 24, u64::MAX >> 3] {
+                let library = crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, first.0, second.0, len);
+                assert_eq!(first.then(second, len).0, library, "{len} bytes");
+            }
         }
         let parts = bytes
             .chunks(999)

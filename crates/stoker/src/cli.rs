@@ -218,8 +218,10 @@ pub(crate) enum ConfigCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
-    /// SSD to DRAM beside raw O_DIRECT reads, and DRAM to worker
+    /// To a GPU, or SSD to DRAM and DRAM to worker where there is none, beside the limits of the same run
     Load(BenchLoadArgs),
+    /// What each part of the loader is worth: switched on one after the other
+    Ablation(BenchAblationArgs),
     /// Everything but the engine: gateway, controller, real sockets, an engine that costs nothing
     Overhead(BenchOverheadArgs),
     /// The server that does nothing, for `bench overhead`
@@ -244,6 +246,12 @@ pub(crate) struct BenchLoadArgs {
     /// GPUs whose links to the host are used, the target's included
     #[arg(long, default_value_t = 1)]
     pub(crate) links: u32,
+    /// GPUs over which the model is split (tensor parallelism), from --device on
+    #[arg(long, default_value_t = 1, conflicts_with = "links")]
+    pub(crate) split: u32,
+    /// How tensors are cut for --split
+    #[arg(long, value_enum, default_value_t = SplitBy::Roles)]
+    pub(crate) split_by: SplitBy,
     /// Memory that the model passes through, such as 1GiB, instead of staying in memory
     #[arg(long)]
     pub(crate) ring: Option<ByteSize>,
@@ -253,9 +261,12 @@ pub(crate) struct BenchLoadArgs {
     /// How files are read
     #[arg(long, value_enum, default_value_t = ReaderSetting::Auto)]
     pub(crate) reader: ReaderSetting,
-    /// Unit of reads, copies and residency
+    /// Unit of residency and copies
     #[arg(long, default_value = "16MiB")]
     pub(crate) chunk: ByteSize,
+    /// What a thread reads at a time from the page cache
+    #[arg(long, default_value = "1MiB")]
+    pub(crate) part: ByteSize,
     /// Threads that read and check; two fewer than cores, 4 to 16, when absent
     #[arg(long)]
     pub(crate) read_threads: Option<usize>,
@@ -274,6 +285,34 @@ pub(crate) struct BenchLoadArgs {
     /// Leave the page cache as it is
     #[arg(long)]
     pub(crate) warm: bool,
+    /// Draw the rates as an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BenchAblationArgs {
+    /// A weight file or folder, or synth:NAME for random weights with the shapes of a known model
+    #[arg(long, default_value = "synth:opt-2.7b")]
+    pub(crate) model: String,
+    /// The GPU by number, or `sim` for a simulated GPU
+    #[arg(long, default_value = "0")]
+    pub(crate) device: BenchDevice,
+    /// Where synthetic files are made
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Leave synthetic models where they are, for the next run
+    #[arg(long)]
+    pub(crate) keep_files: bool,
+    /// Loads with each; the median counts
+    #[arg(long, default_value_t = 3)]
+    pub(crate) runs: u32,
+    /// Leave the page cache as it is
+    #[arg(long)]
+    pub(crate) warm: bool,
+    /// Draw the rates as an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plot: Option<PathBuf>,
 }
 
 /// Where a bench's bytes start.
@@ -284,6 +323,17 @@ pub(crate) enum BenchTier {
     Dram,
     /// Files
     Ssd,
+}
+
+/// How tensors are cut for several GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum SplitBy {
+    /// As tensor parallelism wants it, by what each tensor is for
+    Roles,
+    /// All along their first dimension
+    Rows,
+    /// All along their last dimension
+    Columns,
 }
 
 /// Where a bench's bytes end.

@@ -86,6 +86,10 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
             Box::pin(commands::bench::load::run(&args, &dir, |name| models::find(&config, name), output))
                 .await?;
         }
+        Command::Bench(BenchCommand::Ablation(args)) => {
+            let dir = config.dirs.data.join("bench");
+            Box::pin(commands::bench::ablation::run(&args, &dir, output)).await?;
+        }
         Command::Bench(BenchCommand::Overhead(args)) => {
             Box::pin(commands::bench::overhead::run(&config, &args, output)).await?;
         }

@@ -40,7 +40,10 @@ impl Fixture {
     pub(crate) fn with_threads(chunks: u64, read_threads: usize) -> Self {
         // On the build directory's file system, which has direct reads; `/tmp` may be in memory.
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let faults = FaultyFiles::new(LocalFiles { block_bytes: 16 << 10, ..LocalFiles::default() });
+        // Four parts to a chunk.
+        let part = 16 << 10;
+        let files = LocalFiles { block_bytes: part, buffered_part_bytes: part, ..LocalFiles::default() };
+        let faults = FaultyFiles::new(files);
         let store = Store::open(StoreConfig {
             chunk: ByteSize(CHUNK as u64),
             read_threads,

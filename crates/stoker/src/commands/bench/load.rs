@@ -17,7 +17,11 @@ use stoker_store::{CheckpointFiles, Priority, Resident, SourceFile, Store, Store
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
-use super::{Spread, synth, to_device};
+use super::{
+    Spread,
+    plot::{self, Bar},
+    synth, to_device,
+};
 use crate::{
     cli::{BenchDevice, BenchLoadArgs},
     config::ReaderSetting,
@@ -72,8 +76,9 @@ pub(crate) async fn run(
     output: Output,
 ) -> anyhow::Result<()> {
     ensure!(args.runs > 0, "--runs must be at least 1");
-    if let Some(device) = open_device(args.device, args.links)? {
-        return on_device(args, synthetic_dir, named, device, output).await;
+    let devices = open_devices(args.device, args.split, args.links)?;
+    if !devices.is_empty() {
+        return on_devices(args, synthetic_dir, named, devices, output).await;
     }
     let made_model;
     let mut args = args.clone();
@@ -188,6 +193,31 @@ pub(crate) async fn run(
         dram_to_worker_ms: Spread::ms(&mappings),
         cpu_seconds_per_gb: cpu.as_secs_f64() / gigabytes,
     };
+    if let Some(path) = &args.plot {
+        let s = &report.ssd_to_dram;
+        let spread = |rates: &Spread| {
+            let rate = |ms: f64| BytesPerSec::of(bytes, Duration::from_secs_f64(ms / 1e3));
+            Some((rate(rates.max), rate(rates.min)))
+        };
+        let bars = [
+            Bar {
+                label: format!(
+                    "load with checksums ({})",
+                    report.reader.split(':').next().unwrap_or_default()
+                ),
+                rate: BytesPerSec(s.rate_bytes_per_s),
+                spread: spread(&s.load_ms),
+                is_limit: false,
+            },
+            Bar {
+                label: "raw direct reads".to_owned(),
+                rate: BytesPerSec(s.limit_bytes_per_s),
+                spread: Some((BytesPerSec(s.limit_min_bytes_per_s), BytesPerSec(s.limit_max_bytes_per_s))),
+                is_limit: true,
+            },
+        ];
+        plot::bars(path, &format!("{} from SSD to DRAM", report.model), &bars)?;
+    }
     output.show(&report, |r| {
         let s = &r.ssd_to_dram;
         format!(
@@ -215,38 +245,51 @@ pub(crate) async fn run(
     })
 }
 
-/// Where loads end; `None`: in memory, as asked for or because there is no GPU.
-fn open_device(which: BenchDevice, links: u32) -> anyhow::Result<Option<Arc<dyn Device>>> {
-    let ordinal = match which {
-        BenchDevice::None => return Ok(None),
+/// One device; `None` where there is no GPU, or as asked for.
+pub(super) fn open_device(which: BenchDevice) -> anyhow::Result<Option<Arc<dyn Device>>> {
+    Ok(open_devices(which, 1, 1)?.pop())
+}
+
+/// Where loads end; none: in memory, as asked for or because there is no GPU.
+fn open_devices(which: BenchDevice, split: u32, links: u32) -> anyhow::Result<Vec<Arc<dyn Device>>> {
+    ensure!(split > 0, "--split must be at least 1");
+    let first = match which {
+        BenchDevice::None => return Ok(Vec::new()),
         BenchDevice::Simulated => {
-            let options = SimulatedOptions { memory: ByteSize::gib(1024), ..SimulatedOptions::default() };
-            return Ok(Some(Arc::new(SimulatedDevice::new(&options)?)));
+            let simulated = |ordinal| -> anyhow::Result<Arc<dyn Device>> {
+                let memory = ByteSize::gib(1024);
+                let options = SimulatedOptions { memory, ordinal, ..SimulatedOptions::default() };
+                Ok(Arc::new(SimulatedDevice::new(&options)?))
+            };
+            return (0..split).map(simulated).collect();
         }
         BenchDevice::Gpu(ordinal) => ordinal,
     };
-    let devices = match cuda_devices() {
-        Ok(devices) => devices,
+    let infos = match cuda_devices() {
+        Ok(infos) => infos,
         Err(error) => {
             tracing::info!(%error, "no GPU: the load ends in memory");
-            return Ok(None);
+            return Ok(Vec::new());
         }
     };
-    let count = devices.len();
-    let device =
-        devices.get(ordinal as usize).with_context(|| format!("no GPU {ordinal}: there are {count}"))?;
-    let linked = device.peers.iter().filter(|peer| peer.link == Link::NvLink).map(|peer| peer.ordinal);
-    let wanted = links.saturating_sub(1) as usize;
-    let helpers: Vec<u32> = linked.take(wanted).collect();
-    ensure!(helpers.len() == wanted, "GPU {ordinal} has NVLink to {} other GPUs only", helpers.len());
-    Ok(Some(Arc::new(CudaDevice::open(ordinal, &CudaOptions { helpers, ..CudaOptions::default() })?)))
+    let count = infos.len();
+    let open = |ordinal: u32| -> anyhow::Result<Arc<dyn Device>> {
+        let info =
+            infos.get(ordinal as usize).with_context(|| format!("no GPU {ordinal}: there are {count}"))?;
+        let linked = info.peers.iter().filter(|peer| peer.link == Link::NvLink).map(|peer| peer.ordinal);
+        let wanted = links.saturating_sub(1) as usize;
+        let helpers: Vec<u32> = linked.take(wanted).collect();
+        ensure!(helpers.len() == wanted, "GPU {ordinal} has NVLink to {} other GPUs only", helpers.len());
+        Ok(Arc::new(CudaDevice::open(ordinal, &CudaOptions { helpers, ..CudaOptions::default() })?))
+    };
+    (first..first.saturating_add(split)).map(open).collect()
 }
 
-async fn on_device(
+async fn on_devices(
     args: &BenchLoadArgs,
     synthetic_dir: &Path,
     named: impl FnOnce(&str) -> anyhow::Result<(PathBuf, Arc<Manifest>)>,
-    device: Arc<dyn Device>,
+    devices: Vec<Arc<dyn Device>>,
     output: Output,
 ) -> anyhow::Result<()> {
     let options = to_device::Options {
@@ -256,9 +299,12 @@ async fn on_device(
         ring: args.ring,
         threads: args.read_threads,
         reader: args.reader,
+        part: args.part,
         verify: args.verify,
         shared: args.shared,
         chunk: args.chunk,
+        split_by: args.split_by,
+        plot: args.plot.clone(),
     };
     let source = || Source { uri: args.model.clone(), revision: None };
     let _made;
@@ -279,7 +325,7 @@ async fn on_device(
             (dir, manifest, begun.elapsed())
         }
     };
-    to_device::run(&args.model, &dir, &manifest, plan, device, &options, output).await
+    to_device::run(&args.model, &dir, &manifest, plan, devices, &options, output).await
 }
 
 /// The files to load.

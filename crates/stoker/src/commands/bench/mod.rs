@@ -2,9 +2,11 @@
 //! `--json`; rates are `rate_bytes_per_s`, `limit_bytes_per_s`, `percent_of_limit`, times `*_ms` or `*_us` with `p50`
 //! and `p99`.
 
+pub(crate) mod ablation;
 pub(crate) mod engine;
 pub(crate) mod load;
 pub(crate) mod overhead;
+mod plot;
 mod synth;
 mod to_device;
 

@@ -1,26 +1,35 @@
 //! `stoker bench load` where there is a GPU: from memory or files to the device, beside the limits of the same run.
 
+mod limits;
+
 use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc,
-    },
+    path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use serde::Serialize;
-use stoker_checkpoint::Manifest;
-use stoker_device::{Cut, Device, Slab, Transfer};
-use stoker_io::{ChunkPool, Open, ReadOp, Reader, drop_page_cache};
-use stoker_store::{CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Store, StoreConfig};
-use stoker_types::{ByteSize, BytesPerSec, ChunkSum, ModelName, Tier, clock};
+use stoker_checkpoint::{Manifest, Tensor};
+use stoker_device::{Device, Slab};
+use stoker_io::{LocalFiles, drop_page_cache};
+use stoker_store::{
+    CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Shard, Store, StoreConfig, TensorPart,
+};
+use stoker_types::{ByteSize, BytesPerSec, ChunkSum, ModelName, Summing, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
-use super::{Spread, load::cpu_time};
-use crate::{cli::BenchTier, config::ReaderSetting, output::Output};
+use self::limits::Limits;
+use super::{
+    Spread,
+    load::cpu_time,
+    plot::{self, Bar},
+};
+use crate::{
+    cli::{BenchTier, SplitBy},
+    config::ReaderSetting,
+    output::Output,
+};
 
 /// What to measure.
 pub(crate) struct Options {
@@ -31,12 +40,26 @@ pub(crate) struct Options {
     pub(crate) ring: Option<ByteSize>,
     pub(crate) threads: Option<usize>,
     pub(crate) reader: ReaderSetting,
+    /// Bytes that a thread reads at a time from the page cache.
+    pub(crate) part: ByteSize,
     /// Compare what arrived with the files.
     pub(crate) verify: bool,
     /// Memory that other processes can map.
     pub(crate) shared: bool,
-    /// Unit of reads and copies.
+    /// Unit of residency and copies.
     pub(crate) chunk: ByteSize,
+    /// How tensors are cut when there are several devices.
+    pub(crate) split_by: SplitBy,
+    /// Where to draw the rates.
+    pub(crate) plot: Option<PathBuf>,
+}
+
+/// A device and what it gets.
+struct Place {
+    device: Arc<dyn Device>,
+    /// Of each tensor, in the manifest's order.
+    parts: Vec<TensorPart>,
+    layout: Arc<Layout>,
 }
 
 #[derive(Debug, Serialize)]
@@ -45,6 +68,9 @@ struct Report {
     bytes: u64,
     tensors: usize,
     device: String,
+    devices: usize,
+    /// Bytes that all devices got together: more than the model's when some tensors go to each.
+    device_bytes: u64,
     tier: BenchTier,
     reader: String,
     read_threads: usize,
@@ -76,7 +102,7 @@ pub(crate) async fn run(
     dir: &Path,
     manifest: &Manifest,
     plan: Duration,
-    device: Arc<dyn Device>,
+    devices: Vec<Arc<dyn Device>>,
     options: &Options,
     output: Output,
 ) -> anyhow::Result<()> {
@@ -90,7 +116,13 @@ pub(crate) async fn run(
         Ok(CheckpointFiles::in_chunks(ModelName::new(name)?, dir, manifest, chunk)?)
     };
     let (files, other) = (twin("bench-a")?, twin("bench-b")?);
-    let layout = Arc::new(Layout::of_manifest(manifest));
+    let world = u32::try_from(devices.len())?;
+    let place = |(device, rank): (Arc<dyn Device>, u32)| -> anyhow::Result<Place> {
+        let parts = options.split_by.parts(manifest, Shard::new(rank, world)?)?;
+        Ok(Place { device, layout: Arc::new(Layout::of_parts(&parts)), parts })
+    };
+    let places = devices.into_iter().zip(0..).map(place).collect::<anyhow::Result<Vec<_>>>()?;
+    ensure!(!places.is_empty(), "no device to load to");
     let plan = plan + begun.elapsed();
     let bytes = files.bytes();
     let keep = match options.ring {
@@ -102,7 +134,7 @@ pub(crate) async fn run(
     // Measured: with a reader on every core, whoever queues copies and notices their ends waits for one, and 16 readers on
     // 16 cores are slower than 14.
     let read_threads = options.threads.unwrap_or(cores.saturating_sub(2).clamp(4, 16));
-    let bench = Bench { files, layout, device, read_threads, options };
+    let bench = Bench { files, places, read_threads, options };
 
     let cold = || -> std::io::Result<()> {
         let files = bench.files.files();
@@ -112,12 +144,12 @@ pub(crate) async fn run(
     // As a program that begins by loading: the store is opened, memory made and pinned in this time.
     let begun = clock::now();
     let store = bench.open(pool_bytes)?;
-    let (first, slab) = bench.deliver(&store, &bench.files, keep).await?;
+    let (first, slabs) = bench.deliver(&store, &bench.files, keep).await?;
     let first_time = begun.elapsed();
     // Before the comparisons and the limits' own buffers.
     let host_beyond_pool_bytes = peak_memory().saturating_sub(pool_bytes.0);
-    let mut verified = if options.verify { bench.verify(&slab, manifest)? } else { 0 };
-    drop(slab);
+    let mut verified = if options.verify { bench.verify(&slabs, manifest)? } else { 0 };
+    drop(slabs);
 
     let limits = Limits::new(&bench)?;
     let mut loads = Vec::new();
@@ -141,7 +173,7 @@ pub(crate) async fn run(
                 continue;
             }
             let (cpu_before, begun) = (cpu_time(), clock::now());
-            let (delivered, slab) = bench.deliver(&store, files, keep).await?;
+            let (delivered, slabs) = bench.deliver(&store, files, keep).await?;
             loads.push(begun.elapsed());
             cpu += cpu_time().saturating_sub(cpu_before);
             first_chunk.push(delivered.first);
@@ -154,7 +186,7 @@ pub(crate) async fn run(
                 reader = choice.to_string();
             }
             if options.verify && run + 1 == options.runs {
-                verified = bench.verify(&slab, manifest)?;
+                verified = bench.verify(&slabs, manifest)?;
             }
             held = delivered.resident;
         }
@@ -170,7 +202,9 @@ pub(crate) async fn run(
         model: name.to_owned(),
         bytes: bytes.0,
         tensors: manifest.tensors.len(),
-        device: bench.device.info().name.clone(),
+        device: bench.places[0].device.info().name.clone(),
+        devices: bench.places.len(),
+        device_bytes: bench.places.iter().map(|place| place.layout.bytes().0).sum(),
         tier: options.tier,
         reader,
         read_threads,
@@ -190,9 +224,25 @@ pub(crate) async fn run(
         host_beyond_pool_bytes,
         verified_tensors: verified,
     };
+    if let Some(path) = &options.plot {
+        let bar = |label: &str, rate: f64, spread: Option<(f64, f64)>| Bar {
+            label: label.to_owned(),
+            rate: BytesPerSec(rate),
+            spread: spread.map(|(slowest, fastest)| (BytesPerSec(slowest), BytesPerSec(fastest))),
+            is_limit: label == report.limit,
+        };
+        let loads = (of_ms(load_ms.max), of_ms(load_ms.min));
+        let raw = (report.limit_min_bytes_per_s, report.limit_max_bytes_per_s);
+        let bars = [
+            bar("first load of the process", report.first_rate_bytes_per_s, None),
+            bar("loads", report.rate_bytes_per_s, Some(loads)),
+            bar(report.limit, report.limit_bytes_per_s, Some(raw)),
+        ];
+        plot::bars(path, &format!("{} to {} x {}", report.model, report.devices, report.device), &bars)?;
+    }
     output.show(&report, |r| {
         format!(
-            "{} ({}, {} tensors, planned in {:.1} ms) to {}; {} threads, {}, {}\n\
+            "{} ({}, {} tensors, planned in {:.1} ms) to {}{}; {} threads, {}, {}\n\
              first load     {:.0} ms, {}; memory made and pinned in it\n\
              loads          {} median of {}; {} {} ({} to {}); {:.1} % of it; first chunk after {:.1} ms\n\
              CPU            {:.3} s per GB\n\
@@ -202,6 +252,7 @@ pub(crate) async fn run(
             ByteSize(r.bytes),
             r.tensors,
             r.plan_ms,
+            if r.devices > 1 { format!("{} x ", r.devices) } else { String::new() },
             r.device,
             r.read_threads,
             r.reader,
@@ -223,10 +274,17 @@ pub(crate) async fn run(
     })
 }
 
+impl Options {
+    /// What opens files.
+    fn files(&self) -> anyhow::Result<LocalFiles> {
+        let buffered_part_bytes = usize::try_from(self.part.0)?;
+        Ok(LocalFiles { buffered_part_bytes, ..self.reader.files() })
+    }
+}
+
 struct Bench<'a> {
     files: CheckpointFiles,
-    layout: Arc<Layout>,
-    device: Arc<dyn Device>,
+    places: Vec<Place>,
     read_threads: usize,
     options: &'a Options,
 }
@@ -241,10 +299,11 @@ impl Bench<'_> {
             shared: self.options.shared,
             chunk: self.options.chunk,
             read_mode: self.options.reader.mode(),
-            opener: Arc::new(self.options.reader.files()),
+            opener: Arc::new(self.options.files()?),
             ..StoreConfig::new(pool)
         })?;
-        store.attach(&*self.device, ByteSize::ZERO);
+        // One is enough: what it pins is pinned for all of this process.
+        store.attach(&*self.places[0].device, ByteSize::ZERO);
         Ok(store)
     }
 
@@ -254,153 +313,60 @@ impl Bench<'_> {
         store: &Store,
         files: &CheckpointFiles,
         keep: Keep,
-    ) -> anyhow::Result<(stoker_store::Delivered, Slab)> {
-        let slab = self.device.allocate(self.layout.bytes(), self.layout.bytes())?;
-        let target = DeviceTarget {
-            device: Arc::clone(&self.device),
+    ) -> anyhow::Result<(stoker_store::Delivered, Vec<Slab>)> {
+        let slab = |place: &Place| place.device.allocate(place.layout.bytes(), place.layout.bytes());
+        let slabs = self.places.iter().map(slab).collect::<Result<Vec<_>, _>>()?;
+        let target = |(place, slab): (&Place, &Slab)| DeviceTarget {
+            device: Arc::clone(&place.device),
             slab: slab.clone(),
-            layout: Arc::clone(&self.layout),
+            layout: Arc::clone(&place.layout),
         };
-        let delivering = store.deliver(files, target, keep, Priority::Demand)?;
-        Ok((delivering.wait(&CancellationToken::new()).await?, slab))
+        let targets = self.places.iter().zip(&slabs).map(target).collect();
+        let delivering = store.deliver_to_all(files, targets, keep, Priority::Demand)?;
+        Ok((delivering.wait(&CancellationToken::new()).await?, slabs))
     }
 
-    /// Compares every tensor on the device with its file. Returns how many.
-    fn verify(&self, slab: &Slab, manifest: &Manifest) -> anyhow::Result<usize> {
+    /// Compares every tensor on the devices with its file. Returns how many.
+    fn verify(&self, slabs: &[Slab], manifest: &Manifest) -> anyhow::Result<usize> {
         use std::os::unix::fs::FileExt as _;
 
         let opened = self.files.files().iter().map(|file| std::fs::File::open(&file.path));
         let opened = opened.collect::<Result<Vec<_>, _>>()?;
-        for (tensor, to) in manifest.tensors.iter().zip(self.layout.tensors()) {
-            let len = usize::try_from(tensor.len)?;
-            let (mut device, mut file) = (vec![0; len], vec![0; len]);
-            self.device.read(slab, *to, &mut device)?;
-            opened[tensor.file as usize].read_exact_at(&mut file, tensor.offset)?;
-            ensure!(
-                ChunkSum::of(&device) == ChunkSum::of(&file),
-                "{} is not what its file says",
-                tensor.name
-            );
+        for (place, slab) in self.places.iter().zip(slabs) {
+            let parts = place.parts.iter().zip(place.layout.tensors());
+            for (tensor, (part, to)) in manifest.tensors.iter().zip(parts) {
+                let mut device = vec![0; usize::try_from(part.bytes())?];
+                place.device.read(slab, *to, &mut device)?;
+                let (mut whole, mut file) = (vec![0; usize::try_from(tensor.len)?], Summing::new());
+                opened[tensor.file as usize].read_exact_at(&mut whole, tensor.offset)?;
+                for (at, len) in part.runs() {
+                    let at = usize::try_from(at - tensor.offset)?;
+                    file.update(&whole[at..at + usize::try_from(len)?]);
+                }
+                ensure!(ChunkSum::of(&device) == file.finish(), "{} is not what its file says", tensor.name);
+            }
         }
-        Ok(manifest.tensors.len())
+        Ok(manifest.tensors.len() * self.places.len())
     }
 }
 
-/// What the same bytes take without a store: no order, no cache, no tensors.
-struct Limits {
-    pool: ChunkPool,
-    slab: Slab,
-}
+// === impl SplitBy ===
 
-// === impl Limits ===
-
-impl Limits {
-    fn new(bench: &Bench<'_>) -> anyhow::Result<Self> {
-        // Three for each thread: one being read into, two being copied.
-        let slots = bench.read_threads as u64 * 3;
-        let make = if bench.options.shared { ChunkPool::new } else { ChunkPool::private };
-        let pool = make(ByteSize(slots * bench.options.chunk.0), bench.options.chunk)?;
-        if let Some(pinner) = bench.device.pinner() {
-            pool.set_pinner(pinner);
-        }
-        while pool.pin_free()? {}
-        Ok(Self { pool, slab: bench.device.allocate(bench.files.pool_bytes(), bench.files.pool_bytes())? })
-    }
-
-    fn words(&self, options: &Options) -> &'static str {
-        match (options.tier, options.warm) {
-            (BenchTier::Dram, _) => "limit of pinned copies",
-            (BenchTier::Ssd, true) => "limit of page cache, checksums and copies together",
-            (BenchTier::Ssd, false) => "limit of raw reads and copies together",
-        }
-    }
-
-    fn measure(&self, bench: &Bench<'_>, tier: BenchTier) -> anyhow::Result<Duration> {
-        let bytes = bench.files.bytes().0;
-        let begun = clock::now();
-        match tier {
-            BenchTier::Dram => {
-                // Pinned chunks, over and over, to where the files' chunks would go.
-                let bufs: Vec<_> = std::iter::from_fn(|| self.pool.try_take()).collect();
-                let chunks: Vec<_> =
-                    bufs.into_iter().map(|buf| buf.freeze(self.pool.chunk_bytes())).collect();
-                let (sender, done) = mpsc::channel();
-                let mut to = 0;
-                for chunk in chunks.iter().cycle() {
-                    let len = usize::try_from((bytes - to).min(bench.options.chunk.0))?;
-                    let sender = sender.clone();
-                    bench.device.copy(Transfer {
-                        from: Box::new(chunk.clone()),
-                        to: self.slab.clone(),
-                        cuts: vec![Cut::range(0, len, to)],
-                        // The receiver waits until the last sender is gone.
-                        done: Box::new(move |result| drop(sender.send(result))),
-                    });
-                    to += len as u64;
-                    if to == bytes {
-                        break;
-                    }
-                }
-                drop(sender);
-                done.into_iter().collect::<Result<(), _>>()?;
-            }
-            BenchTier::Ssd => self.read_and_copy(bench)?,
-        }
-        Ok(begun.elapsed())
-    }
-
-    fn read_and_copy(&self, bench: &Bench<'_>) -> anyhow::Result<()> {
-        let (files, mode) = (bench.options.reader.files(), bench.options.reader.mode());
-        let mut work: Vec<(Arc<dyn Reader>, u64, usize, u64)> = Vec::new();
-        let mut to = 0;
-        for file in bench.files.files() {
-            let reader = files.open(&file.path, mode)?;
-            let mut offset = 0;
-            while offset < file.identity.len {
-                let len = (file.identity.len - offset).min(bench.options.chunk.0);
-                work.push((Arc::clone(&reader), offset, usize::try_from(len)?, to));
-                (offset, to) = (offset + len, to + len);
-            }
-        }
-        let next = AtomicU64::new(0);
-        // Checksums are part of what there is to do when the bytes come from memory; a disk is slower than they are.
-        let sum = bench.options.warm;
-        let one = || -> anyhow::Result<()> {
-            let (sender, ended) = mpsc::channel::<Result<(), stoker_device::DeviceError>>();
-            let mut flying = 0;
-            loop {
-                let i = usize::try_from(next.fetch_add(1, Ordering::Relaxed))?;
-                let Some((reader, offset, len, to)) = work.get(i) else { break };
-                // Two of a thread's three slots may be under way.
-                while flying > 1 {
-                    ended.recv()??;
-                    flying -= 1;
-                }
-                let buf = self.pool.try_take().context("a slot was lost")?;
-                let (read_sender, read) = mpsc::channel();
-                let op = ReadOp { buf: buf.into(), offset: *offset, len: *len, sum };
-                // The receiver is below.
-                reader.read(op, Box::new(move |done| drop(read_sender.send(done))));
-                let done = read.recv()?;
-                done.result?;
-                let buf = done.buf.rejoin().context("a slot is in parts")?;
-                let sender = sender.clone();
-                bench.device.copy(Transfer {
-                    from: Box::new(buf.freeze(*len)),
-                    to: self.slab.clone(),
-                    cuts: vec![Cut::range(0, *len, *to)],
-                    // The receiver waits for as many as fly.
-                    done: Box::new(move |result| drop(sender.send(result))),
-                });
-                flying += 1;
-            }
-            (0..flying).try_for_each(|_| Ok(ended.recv()??))
+impl SplitBy {
+    fn parts(self, manifest: &Manifest, shard: Shard) -> anyhow::Result<Vec<TensorPart>> {
+        let along = |dim: fn(usize) -> usize| {
+            let part = |tensor: &Tensor| {
+                let dims = tensor.shape.len();
+                // One-dimensional tensors, and those that can't be shared evenly, go to each.
+                let cut = (dims > 1).then(|| shard.of(tensor, dim(dims)).ok()).flatten();
+                cut.unwrap_or_else(|| TensorPart::whole(tensor))
+            };
+            manifest.tensors.iter().map(part).collect()
         };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..bench.read_threads).map(|_| scope.spawn(one)).collect();
-            threads
-                .into_iter()
-                .try_for_each(|thread| thread.join().ok().context("a reading thread panicked")?)
+        Ok(match self {
+            Self::Roles => shard.of_manifest(manifest)?,
+            Self::Rows => along(|_| 0),
+            Self::Columns => along(|dims| dims - 1),
         })
     }
 }
