@@ -3,7 +3,7 @@
 use std::{fmt, sync::Arc};
 
 use stoker_io::Pinner;
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, ChunkSum};
 
 use crate::{
     error::DeviceError,
@@ -38,6 +38,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
     fn read(&self, slab: &Slab, at: u64, into: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// The sums of ranges of a slab, `(first byte, bytes)`, computed on the device. Waits. Nothing may write to them meanwhile.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
+    fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError>;
 
     /// What pins host memory for this device's copies; `None` when that means nothing to it.
     fn pinner(&self) -> Option<Arc<dyn Pinner>>;

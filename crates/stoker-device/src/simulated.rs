@@ -16,7 +16,7 @@ use std::{
 use parking_lot::Mutex;
 use rustix::mm::{MapFlags, ProtFlags};
 use stoker_io::Pinner;
-use stoker_types::{ByteSize, BytesPerSec};
+use stoker_types::{ByteSize, BytesPerSec, ChunkSum};
 
 use crate::{
     device::{Device, Transfer},
@@ -176,6 +176,17 @@ impl Device for SimulatedDevice {
         };
         memory.read(at, into);
         Ok(())
+    }
+
+    fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError> {
+        let sum = |&(at, len): &(u64, u64)| {
+            // Before anything is allocated for it.
+            slab.check_range(at, len)?;
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+            self.read(slab, at, &mut bytes)?;
+            Ok(ChunkSum::of(&bytes))
+        };
+        ranges.iter().map(sum).collect()
     }
 
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {

@@ -150,6 +150,28 @@ fn rows_come_to_lie_side_by_side() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn sums_are_those_of_the_bytes() {
+    let device = Arc::new(device());
+    let host = Pinned::new(&device, 64 << 20, 0);
+    let slab = device.allocate(ByteSize::mib(512), ByteSize::mib(64)).unwrap();
+    copy(&device, Shared(Arc::clone(&host)), &slab, vec![Cut::range(0, 64 << 20, 0)]).unwrap();
+    let lens = [0, 1, 7, 8, 100, 2047, 2048, 2049, 131_072, 131_073, (16 << 20) - 5, 48 << 20];
+    let ranges: Vec<(u64, u64)> =
+        lens.iter().flat_map(|len| [0, 1, 8, 2043, 4096, 999_999].map(|at| (at, *len))).collect();
+    for (range, sum) in ranges.iter().zip(device.sums(&slab, &ranges).unwrap()) {
+        let (at, len) = (usize::try_from(range.0).unwrap(), usize::try_from(range.1).unwrap());
+        assert_eq!(sum, stoker_types::ChunkSum::of(&(*host).as_ref()[at..at + len]), "{range:?}");
+    }
+    // All of the slab, in chunks, as a model is checked.
+    let chunks: Vec<_> = (0..32).map(|chunk| (chunk << 24, 16 << 20)).collect();
+    let begun = stoker_types::clock::now();
+    device.sums(&slab, &chunks).unwrap();
+    println!("512 MiB summed on the device in {:?}", begun.elapsed());
+    assert!(device.sums(&slab, &[(512 << 20, 1)]).is_err());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn many_copies_end_once_each_and_memory_comes_back() {
     let device = Arc::new(device());
     let before = device.memory().unwrap();

@@ -701,6 +701,54 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_byte_that_is_wrong_on_the_device_is_found_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 20);
+        let store = store(30);
+        let device = device(SimulatedOptions::default());
+        let target = target(&device, &model);
+        let none = store.check(&model.files, &target).await.unwrap_err();
+        assert!(matches!(none, LoadError::NoSums { .. }), "{none}");
+        let delivering = store.deliver(&model.files, target.clone(), Keep::All, Priority::Demand).unwrap();
+        let delivered = delivering.wait(&CancellationToken::new()).await.unwrap();
+        let checked = store.check(&model.files, &target).await.unwrap();
+        assert_eq!(checked.bytes + checked.read, model.files.bytes());
+        assert!(checked.bytes >= ByteSize(model.ranges.iter().map(|range| range.len).sum()));
+
+        // The last byte of the tensor in the middle, which lies in a known chunk.
+        let wrong = model.ranges.len() / 2;
+        let (range, to) = (model.ranges[wrong], model.layout.tensors()[wrong] + model.ranges[wrong].len - 1);
+        let was = model.bytes[range.file as usize][usize::try_from(range.offset + range.len - 1).unwrap()];
+        let (sender, done) = std::sync::mpsc::channel();
+        device.copy(Transfer {
+            from: Box::new(vec![was ^ 4]),
+            to: target.slab.clone(),
+            cuts: vec![Cut::range(0, 1, to)],
+            done: Box::new(move |result| sender.send(result).unwrap()),
+        });
+        done.recv().unwrap().unwrap();
+        let error = store.check(&model.files, &target).await.unwrap_err();
+        let LoadError::CorruptOnDevice { path, chunk, .. } = &error else { panic!("{error}") };
+        assert_eq!(path, &model.files.files()[range.file as usize].path);
+        assert_eq!(u64::from(*chunk), (range.offset + range.len - 1) / CHUNK);
+        drop(delivered);
+
+        let tensor = stoker_checkpoint::Tensor {
+            name: "t".into(),
+            role: None,
+            dtype: stoker_types::DType::U8,
+            shape: vec![10, 10],
+            len: 100,
+            file: 0,
+            offset: 0,
+        };
+        let part = crate::Shard::new(0, 2).unwrap().of(&tensor, 1).unwrap();
+        let sliced = DeviceTarget { layout: Arc::new(Layout::of_parts([&part])), ..target };
+        let error = store.check(&model.files, &sliced).await.unwrap_err();
+        assert!(matches!(error, LoadError::Sliced { .. }), "{error}");
+    }
+
+    #[tokio::test]
     async fn one_device_that_fails_ends_the_delivery_to_all() {
         let dir = tempfile::tempdir().unwrap();
         let model = model(dir.path(), "m", 40);

@@ -59,6 +59,36 @@ pub enum LoadError {
         /// The sum that it had when read again. The same: the file is wrong; another: the disk or the memory is.
         again: ChunkSum,
     },
+    /// What is on a device is not what was sent there.
+    #[error(
+        "GPU {device} has chunk {chunk} of {path} (at byte {offset}) with the sum {found}, not {expected}: suspect its memory or the link"
+    )]
+    CorruptOnDevice {
+        /// The file.
+        path: PathBuf,
+        /// Index of the chunk.
+        chunk: u32,
+        /// Its first byte in the file.
+        offset: u64,
+        /// The device's number.
+        device: u32,
+        /// The sum that it should have.
+        expected: ChunkSum,
+        /// The sum of what the device has.
+        found: ChunkSum,
+    },
+    /// Nothing is known that a device's memory could be compared with.
+    #[error("no checksums of {path} are known yet: load it to memory once, or run `stoker verify`")]
+    NoSums {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A device has slices of tensors only, whose sums are nobody's.
+    #[error("`{model}` is split over devices by columns: a slice's checksum can't be told from the chunks'")]
+    Sliced {
+        /// The model.
+        model: ModelName,
+    },
     /// A file is not what its source says. Only known once all of it has been read.
     #[error("{path}: the file has the SHA-256 {found}, its source says {expected}: fetch it again")]
     WrongHash {
@@ -173,11 +203,14 @@ impl LoadError {
             Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } => Retry::Later,
             Self::Device { source: DeviceError::OutOfMemory { .. }, .. } => Retry::WhenRoom,
             Self::Device { source: DeviceError::Lost { .. }, .. } => Retry::Never,
-            Self::Device { .. } => Retry::Later,
+            Self::Device { .. } | Self::CorruptOnDevice { .. } => Retry::Later,
             Self::Cancelled => Retry::Now,
-            Self::OnlyHash { .. } | Self::ChunkSize { .. } | Self::SlabTooSmall { .. } | Self::Closed => {
-                Retry::Never
-            }
+            Self::OnlyHash { .. }
+            | Self::NoSums { .. }
+            | Self::Sliced { .. }
+            | Self::ChunkSize { .. }
+            | Self::SlabTooSmall { .. }
+            | Self::Closed => Retry::Never,
         }
     }
 
@@ -187,6 +220,9 @@ impl LoadError {
         match self {
             Self::OutOfBudget { .. } => "out_of_budget",
             Self::Corrupt { .. } => "corrupt",
+            Self::CorruptOnDevice { .. } => "corrupt_on_device",
+            Self::NoSums { .. } => "no_sums",
+            Self::Sliced { .. } => "sliced",
             Self::WrongHash { .. } => "wrong_hash",
             Self::OnlyHash { .. } => "only_hash",
             Self::Changed { .. } => "changed",

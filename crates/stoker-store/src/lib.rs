@@ -20,6 +20,7 @@
 //! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`.
 
 mod cache;
+mod check;
 mod deliver;
 mod error;
 mod files;
@@ -35,6 +36,7 @@ mod store;
 mod stream;
 mod transfer;
 
+pub use check::Checked;
 pub use deliver::{Delivered, Delivering, DeviceTarget, Keep};
 pub use error::{LoadError, OpenError, Retry};
 pub use files::{CheckpointFiles, ChunkRef, FilesError, ModelKey, SourceFile};

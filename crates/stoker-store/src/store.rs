@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    check::Checked,
     deliver::{Delivering, DeviceTarget, Keep},
     error::{LoadError, OpenError},
     files::CheckpointFiles,
@@ -166,6 +167,17 @@ impl Store {
         priority: Priority,
     ) -> Result<Delivering, LoadError> {
         Delivering::begin(&self.shared, files, targets, keep, priority)
+    }
+
+    /// Checks what a delivery brought to a device once more, end to end: the device computes the sums of what it has, which
+    /// are compared with the chunks'. Nothing of it passes through memory again but what the layout leaves out.
+    ///
+    /// # Errors
+    /// [`LoadError::CorruptOnDevice`]; [`LoadError::NoSums`]; [`LoadError::Sliced`]; `Device`; `Open` and `Read`.
+    pub async fn check(&self, files: &CheckpointFiles, target: &DeviceTarget) -> Result<Checked, LoadError> {
+        let (shared, files, target) = (Arc::clone(&self.shared), files.clone(), target.clone());
+        let check = move || crate::check::check(&shared, &files, &target);
+        tokio::task::spawn_blocking(check).await.unwrap_or(Err(LoadError::Closed))
     }
 
     /// Has memory pinned for a device from now on: what is read into, and what is copied from. `ahead` bytes of free

@@ -2,6 +2,7 @@
 //! their outcomes. Plain data; nothing here does I/O, and only [`clock`] reads a clock.
 
 pub mod clock;
+pub mod crc64;
 mod deployment;
 mod dtype;
 mod ids;

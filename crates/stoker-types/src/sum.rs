@@ -8,6 +8,8 @@ use std::{
 use crc_fast::{CrcAlgorithm, Digest};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::crc64;
+
 /// CRC-64/NVME of some bytes: the processor's carry-less multiplication computes it at memory speed. In JSON 16
 /// hexadecimal digits: an integer of 64 bits does not survive every JSON reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,35 +28,6 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// The polynomial of CRC-64/NVME, its coefficients reflected as the sums' are: that of x^0 is the highest bit.
-const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
-
-/// x^(2^n) modulo the polynomial: for as many bits as a number of bits can have.
-const POWERS: [u64; 67] = {
-    // x^1.
-    let mut powers = [1 << 62; 67];
-    let mut n = 1;
-    while n < powers.len() {
-        powers[n] = multiply(powers[n - 1], powers[n - 1]);
-        n += 1;
-    }
-    powers
-};
-
-/// The product of two polynomials modulo the CRC's.
-const fn multiply(a: u64, mut b: u64) -> u64 {
-    let (mut product, mut coefficient) = (0, 1 << 63);
-    while coefficient != 0 {
-        if a & coefficient != 0 {
-            product ^= b;
-        }
-        coefficient >>= 1;
-        // b times x.
-        b = (b >> 1) ^ if b & 1 == 1 { POLYNOMIAL } else { 0 };
-    }
-    product
-}
-
 // === impl ChunkSum ===
 
 impl ChunkSum {
@@ -62,6 +35,13 @@ impl ChunkSum {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(crc_fast::crc64_nvme(bytes))
+    }
+
+    /// The sum of `len` bytes which, as a polynomial times x^64, leave `remainder` when divided by the CRC's.
+    #[must_use]
+    pub const fn of_remainder(remainder: u64, len: u64) -> Self {
+        // The sum begins with all bits set, which the bytes move up, and ends inverted.
+        Self(crc64::times_power(u64::MAX, len, 3) ^ remainder ^ u64::MAX)
     }
 
     /// The sum of these bytes and, behind them, `len` bytes whose sum is `next`. A tenth of a microsecond for each bit that
@@ -72,14 +52,7 @@ impl ChunkSum {
     /// 64 x 64 bits instead, which takes a quarter of a millisecond.
     #[must_use]
     pub const fn then(self, next: Self, len: u64) -> Self {
-        let (mut sum, mut bits, mut power) = (self.0, len, 3);
-        while bits != 0 {
-            if bits & 1 == 1 {
-                sum = multiply(POWERS[power], sum);
-            }
-            bits >>= 1;
-            power += 1;
-        }
+        let sum = crc64::times_power(self.0, len, 3);
         Self(sum ^ next.0)
     }
 }

@@ -5,13 +5,15 @@
 use std::{fmt, os::fd::OwnedFd, sync::Arc};
 
 use cudarc::driver::sys;
+use parking_lot::Mutex;
 use stoker_io::{PinError, Pinner};
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, ChunkSum};
 
 use super::{
     context::Context,
     link::{Link, Way},
     memory::Mapping,
+    sums::Sums,
     topology,
 };
 use crate::{
@@ -46,6 +48,8 @@ pub struct CudaDevice {
     helpers: Vec<Arc<Context>>,
     pinner: Arc<CudaPinner>,
     links: Vec<Link>,
+    /// Made when it is first needed.
+    sums: Mutex<Option<Arc<Sums>>>,
 }
 
 struct CudaPinner {
@@ -78,6 +82,7 @@ impl CudaDevice {
             queue,
             helpers: Vec::new(),
             links: Vec::new(),
+            sums: Mutex::default(),
         };
         let own = Way::direct(&device.context, options.streams)?;
         device.start(&format!("stoker-gpu{ordinal}"), Arc::clone(&device.context), own, options.depth)?;
@@ -154,6 +159,22 @@ impl Device for CudaDevice {
         // SAFETY: the range was checked, the slab lives, and the call waits for the copy.
         let read = unsafe { sys::cuMemcpyDtoH_v2(into.as_mut_ptr().cast(), slab.address() + at, into.len()) };
         self.context.check("cuMemcpyDtoH", read)
+    }
+
+    fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError> {
+        slab.check_device(self.context.ordinal)?;
+        let sums = {
+            let mut sums = self.sums.lock();
+            match &*sums {
+                Some(sums) => Arc::clone(sums),
+                None => Arc::clone(sums.insert(Arc::new(Sums::new(&self.context)?))),
+            }
+        };
+        let address = |&(at, len): &(u64, u64)| {
+            slab.check_range(at, len)?;
+            Ok((slab.address() + at, len))
+        };
+        sums.of(&ranges.iter().map(address).collect::<Result<Vec<_>, DeviceError>>()?)
     }
 
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {

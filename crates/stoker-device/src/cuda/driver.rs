@@ -16,7 +16,7 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Every function that this crate calls. cudarc looks a function up when it is first called, and panics when there is
 /// none: so each is looked up before.
-const SYMBOLS: [&str; 39] = [
+const SYMBOLS: [&str; 43] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -49,6 +49,10 @@ const SYMBOLS: [&str; 39] = [
     "cuMemcpy2DAsync_v2",
     "cuMemcpyDtoH_v2",
     "cuMemcpyDtoDAsync_v2",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuModuleUnload",
+    "cuLaunchKernel",
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamWaitEvent",

@@ -5,6 +5,7 @@ mod device;
 mod driver;
 mod link;
 mod memory;
+mod sums;
 mod topology;
 
 pub use device::{CudaDevice, CudaOptions};

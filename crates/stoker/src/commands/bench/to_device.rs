@@ -94,6 +94,8 @@ struct Report {
     host_beyond_pool_bytes: u64,
     /// Tensors whose bytes on the device were compared with the files'.
     verified_tensors: usize,
+    /// The end-to-end check by sums that the device computes, if it was asked for and the model isn't split.
+    device_check_ms: Option<f64>,
 }
 
 /// Runs the bench on a model that is indexed already, in `plan` time.
@@ -192,6 +194,10 @@ pub(crate) async fn run(
         }
     }
     drop(held);
+    let device_check = match (&bench.places[..], options.verify) {
+        ([place], true) => Some(bench.check(&store, place, keep).await?.as_secs_f64() * 1e3),
+        _ => None,
+    };
 
     let rate = |time: Duration| BytesPerSec::of(bytes, time).0;
     let (load_ms, raw_ms) = (Spread::ms(&loads), Spread::ms(&raw));
@@ -223,6 +229,7 @@ pub(crate) async fn run(
         cpu_seconds_per_gb: cpu.as_secs_f64() / gigabytes,
         host_beyond_pool_bytes,
         verified_tensors: verified,
+        device_check_ms: device_check,
     };
     if let Some(path) = &options.plot {
         let bar = |label: &str, rate: f64, spread: Option<(f64, f64)>| Bar {
@@ -247,7 +254,7 @@ pub(crate) async fn run(
              loads          {} median of {}; {} {} ({} to {}); {:.1} % of it; first chunk after {:.1} ms\n\
              CPU            {:.3} s per GB\n\
              host memory    {} beyond the pool\n\
-             verified       {} tensors on the device",
+             verified       {} tensors on the device{}",
             r.model,
             ByteSize(r.bytes),
             r.tensors,
@@ -270,6 +277,8 @@ pub(crate) async fn run(
             r.cpu_seconds_per_gb,
             ByteSize(r.host_beyond_pool_bytes),
             r.verified_tensors,
+            r.device_check_ms
+                .map_or_else(String::new, |ms| format!("; its own checksums of all chunks: {ms:.0} ms")),
         )
     })
 }
@@ -324,6 +333,18 @@ impl Bench<'_> {
         let targets = self.places.iter().zip(&slabs).map(target).collect();
         let delivering = store.deliver_to_all(files, targets, keep, Priority::Demand)?;
         Ok((delivering.wait(&CancellationToken::new()).await?, slabs))
+    }
+
+    /// Loads once more and has the device compute the sums of what it has. Returns the time of the latter.
+    async fn check(&self, store: &Store, place: &Place, keep: Keep) -> anyhow::Result<Duration> {
+        let device = Arc::clone(&place.device);
+        let slab = device.allocate(place.layout.bytes(), place.layout.bytes())?;
+        let target = DeviceTarget { device, slab, layout: Arc::clone(&place.layout) };
+        let delivering = store.deliver(&self.files, target.clone(), keep, Priority::Demand)?;
+        let _delivered = delivering.wait(&CancellationToken::new()).await?;
+        // The first check also makes the kernel ready.
+        store.check(&self.files, &target).await?;
+        Ok(store.check(&self.files, &target).await?.time)
     }
 
     /// Compares every tensor on the devices with its file. Returns how many.
