@@ -1,6 +1,8 @@
 //! Memory that processes share, and files that fill it: everything of I/O that needs `unsafe`.
 //!
 //! - [`ChunkPool`]: one memfd cut into slots; a slot is owned ([`ChunkBuf`]) or frozen and shared ([`Chunk`]).
+//! - [`Record`]: what a slot holds, written down beside the pool, so that a process that takes both over
+//!   ([`ChunkPool::adopt`]) after the last one was killed knows what is there.
 //! - [`Pinner`]: tells a device's driver of a slot's memory, so that the device reads it by itself.
 //! - [`MappedFile`]: a worker's view of a file that lies in the pool, contiguous and read-only.
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
@@ -12,6 +14,7 @@
 
 mod faulty;
 mod heap;
+mod ledger;
 mod local;
 mod map;
 mod measure;
@@ -26,12 +29,13 @@ mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
 pub use heap::{Allocator, trim_heap};
+pub use ledger::{LedgerError, Record};
 pub use local::{DirectIo, LocalFiles};
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
 pub use part::ChunkPart;
 pub use pin::{PinError, Pinner};
-pub use pool::{Chunk, ChunkBuf, ChunkPool, PoolError, PoolUsage};
+pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, PoolError, PoolMemory, PoolUsage};
 pub use priority::PriorityFd;
 pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,

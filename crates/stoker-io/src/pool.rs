@@ -1,7 +1,8 @@
 //! The pool: one range of memory, cut into slots of one chunk each.
 //!
 //! A shared pool is a sparse memfd, mapped read-write once, in the process that fills it. Other processes get a read-only
-//! descriptor ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]). A private one
+//! descriptor ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]). Who has its
+//! memory's descriptors ([`ChunkPool::memory`]) can take it over with what is in it ([`ChunkPool::adopt`]). A private one
 //! is anonymous memory, which gets huge pages on most machines where a memfd doesn't: it is made, pinned and copied through
 //! faster.
 
@@ -27,6 +28,7 @@ use rustix::{
 use stoker_types::ByteSize;
 
 use crate::{
+    ledger::{Entry, Ledger, LedgerError, Record},
     map::{HUGE_PAGE_BYTES, Range},
     pin::{PinError, Pinner},
 };
@@ -54,6 +56,9 @@ pub enum PoolError {
         /// Bytes of a chunk.
         chunk: ByteSize,
     },
+    /// What was to be taken over is no pool, or not one with chunks of this size.
+    #[error("the pool can't be taken over: {0}")]
+    Ledger(#[from] LedgerError),
     /// The operating system refused.
     #[error("{step} for a chunk pool of {capacity} failed: {source}")]
     Os {
@@ -85,6 +90,26 @@ pub struct ChunkPool {
     inner: Arc<Inner>,
 }
 
+/// A shared pool's memory and its ledger, by descriptors: all that it takes to take it over. For writing.
+#[derive(Debug)]
+pub struct PoolMemory {
+    /// The slots.
+    pub pool: OwnedFd,
+    /// What is in them.
+    pub ledger: OwnedFd,
+}
+
+/// A pool that was taken over.
+#[derive(Debug)]
+pub struct AdoptedPool {
+    /// All of it may be in use.
+    pub pool: ChunkPool,
+    /// The chunks that the ledger names, as it names them. Those that are dropped become free slots.
+    pub chunks: Vec<(Chunk, Record)>,
+    /// Slots of which the ledger said what can't be.
+    pub damaged: usize,
+}
+
 /// A slot of the pool, owned: nobody else reads or writes it. Its bytes are what the last owner left. Dropping it
 /// gives the slot back.
 pub struct ChunkBuf {
@@ -102,6 +127,8 @@ pub struct Chunk {
 struct Inner {
     /// The memory's descriptor, if it is shared.
     fd: Option<OwnedFd>,
+    /// What is in the slots of a shared pool.
+    ledger: Option<Ledger>,
     /// The slots, mapped for writing.
     range: Range,
     chunk_bytes: usize,
@@ -112,6 +139,15 @@ struct Inner {
     pinned: Box<[Mutex<bool>]>,
     /// Of each slot, how many huge pages it has had put behind it, or has tried to, since it last had no memory.
     huge: Box<[AtomicUsize]>,
+}
+
+/// A pool's size, known to be usable.
+#[derive(Clone, Copy)]
+struct Size {
+    slots: u32,
+    chunk_bytes: usize,
+    /// Of all slots, bytes.
+    len: usize,
 }
 
 struct Slots {
@@ -143,25 +179,57 @@ impl ChunkPool {
         Self::make(capacity, chunk, false)
     }
 
-    fn make(capacity: ByteSize, chunk: ByteSize, shared: bool) -> Result<Self, PoolError> {
-        let page = ByteSize(rustix::param::page_size() as u64);
-        if chunk == ByteSize::ZERO || !chunk.bytes().is_multiple_of(page.bytes()) {
-            return Err(PoolError::ChunkSize { chunk, page });
-        }
-        let no_room = PoolError::Capacity { capacity, chunk };
-        let Ok(slots) = u32::try_from(capacity.bytes() / chunk.bytes()) else { return Err(no_room) };
-        let Ok(chunk_bytes) = usize::try_from(chunk.bytes()) else { return Err(no_room) };
-        let Some(len) = (slots as usize).checked_mul(chunk_bytes).filter(|len| *len > 0) else {
-            return Err(no_room);
-        };
+    /// Takes a shared pool over, after its owner and everybody who had it mapped have ended. It has room for `capacity`, or
+    /// for what it had room for. Memory of slots that the ledger doesn't name goes back to the operating system first: a
+    /// read that the old owner had under way ends in pages that are nobody's.
+    ///
+    /// The chunks' bytes are not checked.
+    ///
+    /// # Errors
+    /// [`PoolError`]. The memory is as it was then, and usable for nothing: make a new pool.
+    pub fn adopt(memory: PoolMemory, capacity: ByteSize, chunk: ByteSize) -> Result<AdoptedPool, PoolError> {
+        let PoolMemory { pool: fd, ledger } = memory;
         let os = |step| move |source: io::Error| PoolError::Os { step, capacity, source };
-        let fd = shared.then(|| sealed_memfd(len)).transpose().map_err(os("memfd_create"))?;
-        let range = map(fd.as_ref(), len).map_err(os("mmap"))?;
+        let sealed = rustix::fs::fcntl_get_seals(&fd).map_err(|e| os("fcntl")(e.into()))?;
+        if !sealed.contains(SealFlags::SHRINK) {
+            return Err(LedgerError::NotSealed.into());
+        }
+        let had = rustix::fs::fstat(&fd).map_err(|e| os("fstat")(e.into()))?.st_size;
+        let had = u64::try_from(had).unwrap_or(0);
+        let size = Size::of(ByteSize(capacity.bytes().max(had)), chunk)?;
+        // Before anything is changed: whether the two belong together.
+        let ledger = Ledger::adopt(ledger, &fd, size.slots, size.chunk_bytes)?;
+        if had < size.len as u64 {
+            rustix::fs::ftruncate(&fd, size.len as u64).map_err(|e| os("ftruncate")(e.into()))?;
+        }
+        let pool = Self::over(Some(fd), Some(ledger), size).map_err(os("mmap"))?;
+        let (chunks, damaged) = pool.inner.sort_slots().map_err(os("fallocate"))?;
+        let chunks = chunks.into_iter().map(|(slot, record)| {
+            let buf = ChunkBuf { pool: Arc::clone(&pool.inner), slot };
+            (Chunk { len: record.len, buf: Arc::new(buf) }, record)
+        });
+        Ok(AdoptedPool { chunks: chunks.collect(), damaged, pool })
+    }
+
+    fn make(capacity: ByteSize, chunk: ByteSize, shared: bool) -> Result<Self, PoolError> {
+        let size = Size::of(capacity, chunk)?;
+        let os = |step| move |source: io::Error| PoolError::Os { step, capacity, source };
+        let fd = shared.then(|| sealed_memfd("stoker-pool", size.len)).transpose();
+        let fd = fd.map_err(os("memfd_create"))?;
+        let ledger = fd.as_ref().map(|fd| Ledger::new(fd, size.slots, size.chunk_bytes)).transpose();
+        let ledger = ledger.map_err(os("memfd_create of the ledger"))?;
+        Self::over(fd, ledger, size).map_err(os("mmap"))
+    }
+
+    fn over(fd: Option<OwnedFd>, ledger: Option<Ledger>, size: Size) -> io::Result<Self> {
+        let Size { slots, chunk_bytes, len } = size;
+        let range = map(fd.as_ref(), len)?;
         let slots_state =
             Slots { budget: slots, in_use: 0, warm: BTreeSet::new(), cold: (0..slots).collect() };
         Ok(Self {
             inner: Arc::new(Inner {
                 fd,
+                ledger,
                 range,
                 chunk_bytes,
                 capacity: slots,
@@ -171,6 +239,15 @@ impl ChunkPool {
                 huge: (0..slots).map(|_| AtomicUsize::new(0)).collect(),
             }),
         })
+    }
+
+    /// The memory's descriptors, for somebody who keeps them; `None` for a private pool.
+    ///
+    /// # Errors
+    /// The operating system's, such as no free descriptor.
+    pub fn memory(&self) -> io::Result<Option<PoolMemory>> {
+        let (Some(pool), Some(ledger)) = (&self.inner.fd, &self.inner.ledger) else { return Ok(None) };
+        Ok(Some(PoolMemory { pool: pool.try_clone()?, ledger: ledger.fd().try_clone()? }))
     }
 
     /// Bytes of a chunk.
@@ -300,16 +377,32 @@ impl ChunkPool {
     }
 }
 
-/// A memfd that can be written to by whoever has this descriptor, and never changes its length.
-fn sealed_memfd(len: usize) -> io::Result<OwnedFd> {
+impl Size {
+    fn of(capacity: ByteSize, chunk: ByteSize) -> Result<Self, PoolError> {
+        let page = ByteSize(rustix::param::page_size() as u64);
+        if chunk == ByteSize::ZERO || !chunk.bytes().is_multiple_of(page.bytes()) {
+            return Err(PoolError::ChunkSize { chunk, page });
+        }
+        let no_room = PoolError::Capacity { capacity, chunk };
+        let Ok(slots) = u32::try_from(capacity.bytes() / chunk.bytes()) else { return Err(no_room) };
+        let Ok(chunk_bytes) = usize::try_from(chunk.bytes()) else { return Err(no_room) };
+        let Some(len) = (slots as usize).checked_mul(chunk_bytes).filter(|len| *len > 0) else {
+            return Err(no_room);
+        };
+        Ok(Self { slots, chunk_bytes, len })
+    }
+}
+
+/// A memfd that can be written to, and made longer, by whoever has this descriptor, and never becomes shorter.
+pub(crate) fn sealed_memfd(name: &str, len: usize) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let name = "stoker-pool";
     // Kernels before 6.3 don't know the flag.
     let fd = rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL)
         .or_else(|_| rustix::fs::memfd_create(name, flags))?;
     rustix::fs::ftruncate(&fd, len as u64)?;
-    // A reader's mapping must never lose its pages under it (SIGBUS): the file can't shrink any more.
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    // A reader's mapping must never lose its pages under it (SIGBUS): the file can't shrink any more. Not sealed against
+    // writing: whoever takes it over after this process maps it for that.
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::SEAL)?;
     // Nobody who is handed the read-only descriptor can open the same memory for writing by accident.
     rustix::fs::fchmod(&fd, Mode::RUSR)?;
     Ok(fd)
@@ -344,6 +437,40 @@ impl fmt::Debug for ChunkPool {
 // === impl Inner ===
 
 impl Inner {
+    /// Sorts the slots of a pool that was taken over: those that the ledger names are in use; the others are free, and
+    /// their memory goes back. Returns what is in use, and how many records can't be.
+    fn sort_slots(&self) -> io::Result<(Vec<(u32, Record)>, usize)> {
+        let (Some(fd), Some(ledger)) = (&self.fd, &self.ledger) else { return Ok((Vec::new(), 0)) };
+        let (mut chunks, mut damaged, mut free) = (Vec::new(), 0, 0..0);
+        let chunk = self.chunk_bytes as u64;
+        let give_back = |free: &std::ops::Range<u32>| {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let (from, count) = (u64::from(free.start), u64::from(free.end - free.start));
+            if count == 0 { Ok(()) } else { rustix::fs::fallocate(fd, flags, from * chunk, count * chunk) }
+        };
+        for slot in 0..self.capacity {
+            match ledger.read(slot) {
+                Entry::Written(record) if record.len <= self.chunk_bytes => {
+                    give_back(&free)?;
+                    free = slot + 1..slot + 1;
+                    chunks.push((slot, record));
+                    continue;
+                }
+                Entry::Empty => {}
+                Entry::Written(_) | Entry::Damaged => damaged += 1,
+            }
+            ledger.clear(slot);
+            free.end = slot + 1;
+        }
+        give_back(&free)?;
+        let mut slots = self.slots.lock();
+        for (slot, _) in &chunks {
+            slots.cold.remove(slot);
+            slots.in_use += 1;
+        }
+        Ok((chunks, damaged))
+    }
+
     /// Pins a slot that is in use, if it isn't and there is a pinner.
     fn pin(&self, slot: u32) -> Result<(), PinError> {
         let Some(pinner) = self.pinner.get() else { return Ok(()) };
@@ -492,6 +619,10 @@ impl DerefMut for ChunkBuf {
 
 impl Drop for ChunkBuf {
     fn drop(&mut self) {
+        // Before anybody can take the slot and write to it.
+        if let Some(ledger) = &self.pool.ledger {
+            ledger.clear(self.slot);
+        }
         let mut slots = self.pool.slots.lock();
         slots.in_use -= 1;
         slots.warm.insert(self.slot);
@@ -525,6 +656,18 @@ impl Chunk {
     /// The driver's words.
     pub fn pin(&self) -> Result<(), PinError> {
         self.buf.pin()
+    }
+
+    /// Writes down what it holds, for whoever takes a shared pool over. Its bytes are known to be right. Stands until the
+    /// last clone is dropped.
+    ///
+    /// # Panics
+    /// When the record is of another length.
+    pub fn record(&self, record: &Record) {
+        assert_eq!(record.len, self.len, "a record of another chunk");
+        if let Some(ledger) = &self.buf.pool.ledger {
+            ledger.write(self.buf.slot, record);
+        }
     }
 
     /// Whether somebody else holds it too.
@@ -686,14 +829,93 @@ mod tests {
         assert!(rustix::fs::ftruncate(writable, 0).is_err(), "sealed");
     }
 
+    fn record(chunk: u32, len: usize) -> Record {
+        let sum = stoker_types::ChunkSum(u64::from(chunk));
+        Record { model: "m".parse().unwrap(), version: [7; 32], chunk, len, sum }
+    }
+
+    #[test]
+    fn who_takes_a_pool_over_finds_what_was_recorded_and_nothing_else() {
+        let before = pool(6);
+        let len = |i: u8| 1000 + usize::from(i);
+        let filled = |i: u8| {
+            let mut buf = before.try_take().unwrap();
+            buf.fill(i);
+            buf.freeze(len(i))
+        };
+        let chunks: Vec<_> = (0..5).map(filled).collect();
+        for (i, chunk) in (0_u8..).zip(&chunks) {
+            // Chunk 3 was being read when its owner was killed.
+            if i != 3 {
+                chunk.record(&record(u32::from(i), len(i)));
+            }
+        }
+        // Chunk 1 was evicted.
+        let mut chunks: Vec<_> = chunks.into_iter().map(Some).collect();
+        chunks[1] = None;
+        let memory = || before.memory().unwrap().unwrap();
+
+        // As after a kill: the old handles are not dropped.
+        let larger = ByteSize(9 * CHUNK.bytes());
+        let AdoptedPool { pool: after, chunks: found, damaged } =
+            ChunkPool::adopt(memory(), larger, CHUNK).unwrap();
+        let names: Vec<_> = found.iter().map(|(chunk, record)| (chunk.slot(), record.chunk)).collect();
+        assert_eq!((names, damaged), (vec![(0, 0), (2, 2), (4, 4)], 0));
+        for (chunk, record) in &found {
+            let i = u8::try_from(record.chunk).unwrap();
+            assert_eq!((chunk.len(), &**chunk), (len(i), &vec![i; len(i)][..]));
+        }
+        assert_eq!(after.usage(), PoolUsage { budget: 9, in_use: 3, warm: 0, capacity: 9 });
+        assert_eq!(after.resident().unwrap().bytes(), 3 * CHUNK.bytes(), "the rest went back");
+        let taken: Vec<_> = std::iter::from_fn(|| after.try_take()).collect();
+        assert!(taken.iter().all(|buf| buf.iter().all(|b| *b == 0)));
+        assert_eq!(taken.len(), 6);
+
+        // What is dropped is not there for the next one; with less room, nothing else is lost.
+        drop(found.into_iter().nth(1));
+        drop(taken);
+        let AdoptedPool { pool: third, chunks: found, .. } =
+            ChunkPool::adopt(memory(), CHUNK, CHUNK).unwrap();
+        assert!(found.is_empty(), "all were dropped");
+        assert_eq!(third.usage().capacity, 9);
+    }
+
+    #[test]
+    fn a_damaged_record_costs_its_chunk_only() {
+        let before = pool(3);
+        let taken: Vec<_> = std::iter::from_fn(|| before.try_take()).collect();
+        let chunks: Vec<_> = taken.into_iter().map(|buf| buf.freeze(10)).collect();
+        chunks.iter().for_each(|chunk| chunk.record(&record(chunk.slot(), 10)));
+        let memory = before.memory().unwrap().unwrap();
+        // The second record's length.
+        rustix::io::pwrite(&memory.ledger, &99_u64.to_le_bytes(), 4096 + 256 + 3 * 8).unwrap();
+        let adopted = ChunkPool::adopt(memory, CHUNK, CHUNK).unwrap();
+        let slots: Vec<_> = adopted.chunks.iter().map(|(chunk, _)| chunk.slot()).collect();
+        assert_eq!((slots, adopted.damaged), (vec![0, 2], 1));
+    }
+
+    #[test]
+    fn what_can_not_be_taken_over() {
+        let before = pool(2);
+        let memory = || before.memory().unwrap().unwrap();
+        let adopt = |memory, chunk| ChunkPool::adopt(memory, CHUNK, chunk).map(|_| ());
+        let other = ByteSize(2 * CHUNK.bytes());
+        assert!(matches!(adopt(memory(), other), Err(PoolError::Ledger(LedgerError::ChunkBytes { .. }))));
+        let mixed = PoolMemory { pool: pool(2).memory().unwrap().unwrap().pool, ..memory() };
+        assert!(matches!(adopt(mixed, CHUNK), Err(PoolError::Ledger(LedgerError::Foreign))));
+        let file = PoolMemory { pool: tempfile::tempfile().unwrap().into(), ..memory() };
+        assert!(adopt(file, CHUNK).is_err());
+        assert!(ChunkPool::private(CHUNK, CHUNK).unwrap().memory().unwrap().is_none());
+    }
+
     /// Remembers what is pinned.
     #[derive(Default)]
-    struct Ledger {
+    struct PinLedger {
         pinned: Mutex<BTreeSet<usize>>,
         refuse: std::sync::atomic::AtomicBool,
     }
 
-    impl Pinner for Ledger {
+    impl Pinner for PinLedger {
         unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<(), PinError> {
             assert_eq!(bytes as u64, CHUNK.bytes());
             if self.refuse.load(std::sync::atomic::Ordering::Relaxed) {
@@ -711,7 +933,7 @@ mod tests {
 
     #[test]
     fn slots_are_pinned_once_and_unpinned_before_their_memory_goes() {
-        let ledger = Arc::new(Ledger::default());
+        let ledger = Arc::new(PinLedger::default());
         let pool = pool(4);
         let early = pool.try_take().unwrap();
         early.pin().unwrap();
@@ -739,7 +961,7 @@ mod tests {
     #[test]
     fn free_slots_are_pinned_ahead_within_the_budget() {
         let pool = pool(4);
-        let ledger = Arc::new(Ledger::default());
+        let ledger = Arc::new(PinLedger::default());
         pool.set_pinner(ledger.clone());
         pool.set_budget(ByteSize(3 * CHUNK.bytes()));
         let taken = pool.try_take().unwrap();
