@@ -3,11 +3,12 @@
 use std::{collections::HashMap, time::Duration};
 
 use stoker_checkpoint::ChunkSum;
-use stoker_io::{Chunk, ChunkBuf, ChunkPool};
+use stoker_io::{Chunk, ChunkBuf, ChunkPool, Record};
 use stoker_scheduler::eviction::{ChunkFacts, Heat};
 use stoker_types::{ByteSize, ModelName};
 
 use crate::{
+    adopt::version_of,
     files::{CheckpointFiles, ModelKey},
     job::JobId,
     report::{EvictReason, Evictions, Residency},
@@ -280,8 +281,10 @@ impl Model {
                 contradicted += 1;
             }
         }
-        self.vouched |= files.to_hash().next().is_none();
         self.files = files.clone();
+        if files.to_hash().next().is_none() {
+            self.vouch();
+        }
         contradicted
     }
 
@@ -316,12 +319,34 @@ impl Model {
         self.chunks.iter().enumerate().filter(|(_, chunk)| chunk.is_none()).map(|(position, _)| position)
     }
 
+    /// Takes a chunk in that has been read and checked.
     pub(crate) fn insert(&mut self, position: usize, chunk: Chunk, sum: ChunkSum) {
+        self.place(position, chunk, sum);
+        if self.vouched {
+            self.record(position);
+        }
+    }
+
+    /// Takes a chunk in as it is: what it holds has been written down already, or is not to be yet.
+    pub(crate) fn place(&mut self, position: usize, chunk: Chunk, sum: ChunkSum) {
         self.sums[position] = Some(sum);
         if self.chunks[position].replace(chunk).is_none() {
             self.resident += 1;
         }
         self.end = self.end.max(position + 1);
+    }
+
+    /// Writes down what a chunk in memory holds, for whoever takes the pool over.
+    fn record(&self, position: usize) {
+        let (Some(chunk), Some(sum)) = (&self.chunks[position], self.sums[position]) else { return };
+        let at = self.files.order()[position];
+        chunk.record(&Record {
+            model: self.files.key().name.clone(),
+            version: version_of(self.files.file_of(at), self.files.chunk_bytes()),
+            chunk: at.index,
+            len: chunk.len(),
+            sum,
+        });
     }
 
     pub(crate) fn learn(&mut self, position: usize, sum: ChunkSum) {
@@ -344,7 +369,9 @@ impl Model {
 
     /// Every hash was right.
     pub(crate) fn vouch(&mut self) {
-        self.vouched = true;
+        if !std::mem::replace(&mut self.vouched, true) {
+            (0..self.end).for_each(|position| self.record(position));
+        }
     }
 
     /// Forgets what was learned and never vouched for.

@@ -13,12 +13,15 @@
 //! - a chunk enters the cache only after its sum was found right (or learned, when none was known), and a load ends well
 //!   only after the hash of every file that has no sums was found right;
 //! - a held model's chunks are not evicted; holds are values, given back by drop;
-//! - a load that fails or is cancelled leaves no chunk that it brought.
+//! - a load that fails or is cancelled leaves no chunk that it brought;
+//! - what the pool's ledger says of a slot is true: it is written when a chunk is in the cache and its model vouched for,
+//!   and emptied before the slot is anybody else's. A store that takes the pool over ([`Store::adopt`]) checks every sum.
 //!
 //! Metrics: `stoker_store_{budget,used,mapped}_bytes`, `stoker_store_rate_bytes_per_second{tier}`,
 //! `stoker_store_read_bytes_total{tier,reader}`, `stoker_store_loads_total{kind,outcome}`, `stoker_store_load_seconds`,
-//! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`.
+//! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`, `stoker_store_adopted_bytes_total`.
 
+mod adopt;
 mod cache;
 mod check;
 mod deliver;
@@ -36,6 +39,7 @@ mod store;
 mod stream;
 mod transfer;
 
+pub use adopt::Adoption;
 pub use check::Checked;
 pub use deliver::{Delivered, Delivering, DeviceTarget, Keep};
 pub use error::{LoadError, OpenError, Retry};

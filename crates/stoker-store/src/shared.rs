@@ -363,9 +363,9 @@ impl Shared {
 
     // --- budget, eviction, statistics ---
 
-    /// Lowers or raises the budget. Loads that no longer fit fail, the least urgent first.
-    pub(crate) fn set_budget(&self, budget: ByteSize) {
-        {
+    /// Lowers or raises the budget. Loads that no longer fit fail, the least urgent first. Returns how many chunks went.
+    pub(crate) fn set_budget(&self, budget: ByteSize) -> usize {
+        let evicted = {
             let state = &mut *self.lock();
             self.pool.set_budget(budget);
             let mut ended = 0;
@@ -391,8 +391,10 @@ impl Shared {
             } else {
                 self.publish(state);
             }
-        }
+            evicted
+        };
         self.wake.wake();
+        evicted
     }
 
     /// Evicts at most so many chunks for the machine's sake. Returns how many went.

@@ -4,7 +4,7 @@ use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
 use stoker_device::Device;
-use stoker_io::{ChunkPool, LocalFiles, Open, ReadMode, ReadThreads, Work};
+use stoker_io::{ChunkPool, LocalFiles, Open, PoolMemory, ReadMode, ReadThreads, Work};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -94,10 +94,16 @@ impl Store {
     /// # Errors
     /// [`OpenError`].
     pub fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        let StoreConfig { capacity, budget, shared, chunk, read_threads, read_mode, opener } = config;
-        let make = if shared { ChunkPool::new } else { ChunkPool::private };
-        let pool = make(capacity.max(budget), chunk)?;
-        pool.set_budget(budget);
+        let make = if config.shared { ChunkPool::new } else { ChunkPool::private };
+        let pool = make(config.capacity.max(config.budget), config.chunk)?;
+        pool.set_budget(config.budget);
+        Self::over(config, pool)
+    }
+
+    /// A store over a pool, whose budget is as it is.
+    pub(crate) fn over(config: StoreConfig, pool: ChunkPool) -> Result<Self, OpenError> {
+        let StoreConfig { capacity: _, budget: _, shared: _, chunk: _, read_threads, read_mode, opener } =
+            config;
         let shared = Arc::new(Shared::new(pool, opener, read_mode));
         let work: Arc<dyn Work> = Arc::new(Puller(Arc::clone(&shared)));
         let threads =
@@ -284,6 +290,19 @@ impl Store {
     /// The operating system's.
     pub fn pool_fd(&self) -> io::Result<OwnedFd> {
         self.shared.pool.read_only_fd()
+    }
+
+    /// The descriptors of the pool and its ledger, for somebody who keeps them for the next store ([`Self::adopt`]); `None`
+    /// for a pool that is not shared.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn memory(&self) -> io::Result<Option<PoolMemory>> {
+        self.shared.pool.memory()
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// Bytes of a chunk.
