@@ -22,7 +22,7 @@ use std::{
 
 use parking_lot::Mutex;
 use rustix::{
-    fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags},
+    fs::{FallocateFlags, FlockOperation, MemfdFlags, Mode, OFlags, SealFlags},
     mm::{Advice, MapFlags, ProtFlags},
 };
 use stoker_types::ByteSize;
@@ -59,6 +59,9 @@ pub enum PoolError {
     /// What was to be taken over is no pool, or not one with chunks of this size.
     #[error("the pool can't be taken over: {0}")]
     Ledger(#[from] LedgerError),
+    /// Somebody still has the memory that was to be taken over, or may map it.
+    #[error("the pool can't be taken over: another process may have it mapped")]
+    InUse,
     /// The operating system refused.
     #[error("{step} for a chunk pool of {capacity} failed: {source}")]
     Os {
@@ -179,14 +182,15 @@ impl ChunkPool {
         Self::make(capacity, chunk, false)
     }
 
-    /// Takes a shared pool over, after its owner and everybody who had it mapped have ended. It has room for `capacity`, or
+    /// Takes a shared pool over, after its owner and everybody who had it mapped have ended
+    /// ([`PoolMemory::is_in_use`]). It has room for `capacity`, or
     /// for what it had room for. Memory of slots that the ledger doesn't name goes back to the operating system first: a
     /// read that the old owner had under way ends in pages that are nobody's.
     ///
     /// The chunks' bytes are not checked.
     ///
     /// # Errors
-    /// [`PoolError`]. The memory is as it was then, and usable for nothing: make a new pool.
+    /// [`PoolError`]; `InUse` when somebody has it still. Nothing has been changed then.
     pub fn adopt(memory: PoolMemory, capacity: ByteSize, chunk: ByteSize) -> Result<AdoptedPool, PoolError> {
         let PoolMemory { pool: fd, ledger } = memory;
         let os = |step| move |source: io::Error| PoolError::Os { step, capacity, source };
@@ -197,7 +201,10 @@ impl ChunkPool {
         let had = rustix::fs::fstat(&fd).map_err(|e| os("fstat")(e.into()))?.st_size;
         let had = u64::try_from(had).unwrap_or(0);
         let size = Size::of(ByteSize(capacity.bytes().max(had)), chunk)?;
-        // Before anything is changed: whether the two belong together.
+        // Before anything is changed: whether it is free, and whether the two belong together.
+        if in_use(&fd).map_err(os("flock"))? {
+            return Err(PoolError::InUse);
+        }
         let ledger = Ledger::adopt(ledger, &fd, size.slots, size.chunk_bytes)?;
         if had < size.len as u64 {
             rustix::fs::ftruncate(&fd, size.len as u64).map_err(|e| os("ftruncate")(e.into()))?;
@@ -349,7 +356,8 @@ impl ChunkPool {
         }
     }
 
-    /// A new read-only descriptor of the pool's memory, for a process that maps chunks. Closed on exec.
+    /// A new read-only descriptor of the pool's memory, for a process that maps chunks. Closed on exec. As long as it, a copy
+    /// of it in any process, or a mapping made with it is there, nobody can take the pool over.
     ///
     /// # Errors
     /// `Unsupported` for a private pool; the operating system's, such as no free descriptor or no `/proc`.
@@ -358,7 +366,11 @@ impl ChunkPool {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "the pool is private to this process"));
         };
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+        let handed_out = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        // It belongs to what was opened, not to a process: the kernel drops it with the last copy and the last mapping,
+        // whatever becomes of those who have them. See `in_use`.
+        rustix::fs::flock(&handed_out, FlockOperation::NonBlockingLockShared)?;
+        Ok(handed_out)
     }
 
     /// Memory that the pool takes now: of a shared pool as the operating system counts it, of a private one the slots
@@ -372,8 +384,41 @@ impl ChunkPool {
             let chunks = u64::from(slots.in_use) + slots.warm.len() as u64;
             return Ok(ByteSize(chunks * self.inner.chunk_bytes as u64));
         };
-        let blocks = rustix::fs::fstat(fd)?.st_blocks;
-        Ok(ByteSize(u64::try_from(blocks).unwrap_or(0) * 512))
+        resident(fd)
+    }
+}
+
+fn resident(pool: &OwnedFd) -> io::Result<ByteSize> {
+    let blocks = rustix::fs::fstat(pool)?.st_blocks;
+    Ok(ByteSize(u64::try_from(blocks).unwrap_or(0) * 512))
+}
+
+/// Whether somebody has one of the descriptors that the memory's owner handed out, or a mapping made with one.
+fn in_use(pool: &OwnedFd) -> io::Result<bool> {
+    match rustix::fs::flock(pool, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(rustix::fs::flock(pool, FlockOperation::Unlock).map(|()| false)?),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+// === impl PoolMemory ===
+
+impl PoolMemory {
+    /// Whether somebody may have chunks mapped ([`ChunkPool::read_only_fd`]). The owner itself doesn't count.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn is_in_use(&self) -> io::Result<bool> {
+        in_use(&self.pool)
+    }
+
+    /// Memory that the pool takes now, as the operating system counts it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn resident(&self) -> io::Result<ByteSize> {
+        resident(&self.pool)
     }
 }
 
@@ -892,6 +937,30 @@ mod tests {
         let adopted = ChunkPool::adopt(memory, CHUNK, CHUNK).unwrap();
         let slots: Vec<_> = adopted.chunks.iter().map(|(chunk, _)| chunk.slot()).collect();
         assert_eq!((slots, adopted.damaged), (vec![0, 2], 1));
+    }
+
+    #[test]
+    fn whoever_has_it_mapped_keeps_it() {
+        let before = pool(2);
+        let memory = || before.memory().unwrap().unwrap();
+        let adopt = || ChunkPool::adopt(memory(), CHUNK, CHUNK).map(|_| ());
+        let slot = before.try_take().unwrap().slot();
+        assert!(!memory().is_in_use().unwrap());
+        let fd = before.read_only_fd().unwrap();
+        let copy = fd.try_clone().unwrap();
+        let other = before.read_only_fd().unwrap();
+        let mapped = crate::MappedFile::map(&fd, 10, CHUNK.bytes(), &[slot]).unwrap();
+        // One after another, until nobody is left.
+        let holders: [Box<dyn std::any::Any>; 4] =
+            [Box::new(fd), Box::new(copy), Box::new(other), Box::new(mapped)];
+        for holder in holders {
+            assert!(memory().is_in_use().unwrap());
+            assert!(matches!(adopt(), Err(PoolError::InUse)));
+            drop(holder);
+        }
+        assert!(!memory().is_in_use().unwrap());
+        assert!(adopt().is_ok());
+        assert!(before.read_only_fd().is_ok(), "who takes it over hands it out again");
     }
 
     #[test]

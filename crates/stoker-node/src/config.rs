@@ -5,16 +5,18 @@ use std::{ffi::OsString, io, num::NonZeroU32, path::PathBuf, sync::Arc, time::Du
 use stoker_checkpoint::{ChunkSum, Manifest};
 use stoker_types::{ModelName, StartFailure};
 
-use crate::memory::MemoryConfig;
+use crate::{Keeper, RuntimeDir, memory::MemoryConfig};
 
 /// A node's settings.
 pub struct NodeConfig {
-    /// Directory for sockets, made with mode 0700 if it isn't there. One node at a time.
-    pub runtime_dir: PathBuf,
+    /// The node's directory.
+    pub runtime: RuntimeDir,
     /// The worker processes.
     pub workers: WorkerConfig,
     /// How its budgets follow what the machine has.
     pub memory: MemoryConfig,
+    /// What keeps the store's memory when the process is killed, if anything is to. Ends with [`crate::Node::shutdown`].
+    pub keeper: Option<Keeper>,
 }
 
 /// Worker processes.

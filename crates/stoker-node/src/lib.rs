@@ -8,18 +8,27 @@
 //! Before each start the budgets are reconciled with what the machine has (`memory`), and under memory pressure some of
 //! the cache is given back.
 //!
+//! The [`keeper`] is a process that outlives the node and has the pool's descriptors, so that the next node finds in memory
+//! what this one had.
+//!
 //! Metrics: `stoker_node_budget_bytes{budget,kind}`, `stoker_node_available_bytes`, `stoker_node_bytes{tier}`,
 //! `stoker_node_bytes_read_total{tier}`, `stoker_node_{workers,instances}`, `stoker_node_loads_total{outcome}`,
-//! `stoker_node_load_seconds{phase}`.
+//! `stoker_node_load_seconds{phase}`, `stoker_node_keeper_restarts_total`.
 
+mod adopt;
 mod config;
 mod fleet;
+pub mod keeper;
 mod lodging;
 mod memory;
 mod node;
+mod runtime;
 mod spawn;
 mod worker;
 
+pub use adopt::open_store;
 pub use config::{Catalog, CatalogEntry, NodeConfig, NodeError, Watchdog, WorkerConfig};
+pub use keeper::{Keeper, KeeperConfig, KeeperError};
 pub use memory::{MemoryConfig, MemoryProbe, MemoryReading, PressureError, PressureTrigger, SystemMemory};
 pub use node::Node;
+pub use runtime::RuntimeDir;

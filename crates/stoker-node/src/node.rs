@@ -1,9 +1,6 @@
 //! The node: orders in, outcomes out.
 
 use std::{
-    fs::{File, TryLockError},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
-    path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -20,7 +17,7 @@ use tokio::sync::{broadcast, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    Catalog, CatalogEntry, NodeConfig, NodeError, WorkerConfig,
+    Catalog, CatalogEntry, Keeper, NodeConfig, NodeError, RuntimeDir, WorkerConfig,
     fleet::{self, Fleet, Lease, NoWorker, WorkerView},
     lodging::{Instances, Tenancy},
     memory::{self, Memory, MemoryConfig, PressureTrigger},
@@ -30,12 +27,6 @@ use crate::{
 
 /// Events that a slow listener may be behind; it is told when it has missed some.
 const EVENTS_MAX: usize = 256;
-
-/// Longest path of a Unix socket, bytes (`sun_path`, with its end).
-const SOCKET_PATH_MAX: usize = 107;
-
-/// Longest name of a worker's socket below the runtime directory.
-const SOCKET_NAME: &str = "/workers/w4294967295.sock";
 
 /// What a worker may take beyond its streams' grace to end.
 const KILL_AFTER: Duration = Duration::from_secs(7);
@@ -58,8 +49,10 @@ struct Inner {
     _telling: DropGuard,
     /// Ends the watch for memory pressure.
     _watching: Option<DropGuard>,
+    /// Keeps the memory when this process is killed.
+    keeper: Option<Keeper>,
     /// Held for as long as the node lives: another one must not use the directory.
-    _lock: File,
+    _runtime: RuntimeDir,
 }
 
 /// A model of the catalog, ready to be started.
@@ -77,15 +70,14 @@ impl Node {
     /// # Errors
     /// [`NodeError`].
     pub fn open(config: NodeConfig, store: Store, catalog: Arc<dyn Catalog>) -> Result<Self, NodeError> {
-        let NodeConfig { runtime_dir, workers, memory } = config;
+        let NodeConfig { runtime, workers, memory, keeper } = config;
         if workers.command.is_empty() {
             return Err(NodeError::NoWorkerCommand);
         }
-        let (sockets, lock) = prepare(&runtime_dir)?;
         let pool = store.pool_fd().map_err(NodeError::Pool)?;
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let WorkerConfig { threads, .. } = workers;
-        let fleet = Fleet::new(workers, sockets, pool, events.clone());
+        let fleet = Fleet::new(workers, runtime.sockets(), pool, events.clone());
         let instances = Instances::default();
         let telling = tell_changes(&store, events.clone());
         let MemoryConfig { kv, probe, pressure } = memory;
@@ -100,7 +92,8 @@ impl Node {
             threads,
             _telling: telling,
             _watching: pressure.and_then(|trigger| watch_pressure(trigger, inner.clone())),
-            _lock: lock,
+            keeper,
+            _runtime: runtime,
         });
         Ok(Self { inner })
     }
@@ -266,10 +259,15 @@ impl Node {
         self.inner.fleet.ready().await.map_err(|e| e.to_string())
     }
 
-    /// Ends everything: no start any more, running streams may take `grace`, then no process is left.
+    /// Ends everything: no start any more, running streams may take `grace`, then no process is left, the keeper included.
     pub async fn shutdown(&self, grace: Duration) {
         self.inner.instances.close();
         self.inner.fleet.shutdown(grace, KILL_AFTER).await;
+        if let Some(keeper) = self.inner.keeper.clone()
+            && let Err(error) = tokio::task::spawn_blocking(move || keeper.dismiss()).await
+        {
+            tracing::warn!(%error, "the keeper was not told");
+        }
     }
 
     /// What a start needs of the catalog. On a thread that may block: a manifest may have to be read.
@@ -406,32 +404,6 @@ fn tell_changes(store: &Store, events: broadcast::Sender<NodeEvent>) -> DropGuar
         }
     });
     stop.drop_guard()
-}
-
-/// Makes the directories, takes the lock, removes the sockets of a node that is gone.
-fn prepare(runtime_dir: &Path) -> Result<(PathBuf, File), NodeError> {
-    let failed = |source| NodeError::RuntimeDir { path: runtime_dir.to_owned(), source };
-    let max = SOCKET_PATH_MAX - SOCKET_NAME.len();
-    if runtime_dir.as_os_str().len() > max {
-        return Err(NodeError::PathTooLong { path: runtime_dir.to_owned(), max });
-    }
-    let sockets = runtime_dir.join("workers");
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&sockets).map_err(failed)?;
-    // It may have been there, made by somebody more generous.
-    std::fs::set_permissions(&sockets, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
-    let lock = File::create(runtime_dir.join("node.lock")).map_err(failed)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(NodeError::InUse { path: runtime_dir.to_owned() }),
-        Err(TryLockError::Error(error)) => return Err(failed(error)),
-    }
-    for entry in std::fs::read_dir(&sockets).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|e| e == "sock") {
-            std::fs::remove_file(&path).map_err(failed)?;
-        }
-    }
-    Ok((sockets, lock))
 }
 
 fn file_slots(resident: &Resident) -> Vec<FileSlots> {

@@ -9,7 +9,7 @@ use std::{io::BufRead, path::Path, process::ExitCode, sync::Arc, time::Duration}
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rustix::process::Signal;
 use stoker_checkpoint::Source;
-use stoker_node::{CatalogEntry, MemoryConfig, Node, NodeConfig, NodeError, Watchdog, WorkerConfig};
+use stoker_node::{CatalogEntry, NodeError, RuntimeDir, Watchdog, WorkerConfig};
 use stoker_proto::stream::{FailureCode, Finish, Sampling};
 use stoker_types::{
     ByteSize, FileChange, NodeEvent, Phase, StartFailure, StopFailure, StopMode, Tier, WorkerState,
@@ -182,23 +182,11 @@ async fn orders_that_cannot_be_obeyed() {
     assert!(matches!(failure, StartFailure::Worker { .. }) && failure.is_transient(), "{failure}");
     bed.node.stop(late.instance, StopMode::Now).await.unwrap();
 
-    let config = |dir: &Path| NodeConfig {
-        runtime_dir: dir.to_owned(),
-        workers: one_worker("quick_worker"),
-        memory: MemoryConfig::new(ByteSize::mib(64)),
-    };
-    let second = Node::open(config(&bed.dir.path().join("run")), bed.store.clone(), models());
+    let second = RuntimeDir::claim(&bed.dir.path().join("run"));
     assert!(matches!(second, Err(NodeError::InUse { .. })));
     let long = bed.dir.path().join("x".repeat(90));
-    assert!(matches!(
-        Node::open(config(&long), bed.store.clone(), models()),
-        Err(NodeError::PathTooLong { .. })
-    ));
+    assert!(matches!(RuntimeDir::claim(&long), Err(NodeError::PathTooLong { .. })));
     bed.node.shutdown(Duration::ZERO).await;
-}
-
-fn models() -> Arc<support::Models> {
-    Arc::new(support::Models(std::collections::HashMap::new()))
 }
 
 #[tokio::test]
@@ -662,6 +650,7 @@ async fn models_are_brought_into_memory_and_dropped_without_an_instance() {
     let snapshot = bed.node.snapshot();
     assert_eq!((snapshot.dram_used, snapshot.dram_mapped), (ByteSize::mib(32), ByteSize::ZERO));
     assert_eq!(snapshot.residency, [(support::name("b"), ByteSize(2 * (16 << 20) - 1000))]);
+    assert_eq!(bed.store.stats().used, snapshot.dram_used);
     let measured = async {
         loop {
             if let NodeEvent::Measured { model, bytes, .. } = events.recv().await.unwrap() {

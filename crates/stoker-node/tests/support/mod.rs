@@ -18,7 +18,9 @@ use stoker_checkpoint::{
     Architecture, ChunkSum, Format, GenerationDefaults, Manifest, ModelConfig, Rope, RopeLayout, Source,
     TokenizerFiles, Trust, WeightFile, manifest::CHUNK_BYTES,
 };
-use stoker_node::{Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, Watchdog, WorkerConfig};
+use stoker_node::{
+    Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, RuntimeDir, Watchdog, WorkerConfig,
+};
 use stoker_store::{Store, StoreConfig};
 use stoker_types::{
     ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, WorkerId,
@@ -162,7 +164,12 @@ impl Bed {
         memory: MemoryConfig,
     ) -> Self {
         let store = Store::open(StoreConfig::new(budget)).unwrap();
-        let config = NodeConfig { runtime_dir: dir.path().join("run"), workers, memory };
+        let config = NodeConfig {
+            runtime: RuntimeDir::claim(&dir.path().join("run")).unwrap(),
+            workers,
+            memory,
+            keeper: None,
+        };
         let node = Node::open(config, store.clone(), Arc::new(models)).unwrap();
         Self { node, store, dir, generation: AtomicU64::new(0) }
     }
