@@ -57,11 +57,15 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self):
+        return self.start()
+
+    def start(self):
+        """Also after `kill`: in the same directories."""
         self.process = subprocess.Popen(
             [self.binary, "serve", *self.flags],
             env=self.environment,
             stdout=subprocess.DEVNULL,
-            stderr=self.log.open("wb"),
+            stderr=self.log.open("ab"),
             stdin=subprocess.DEVNULL,
             preexec_fn=self.preexec,
         )
@@ -78,7 +82,16 @@ class Server:
                 raise RuntimeError(f"not ready in 60 s:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.02)  # the interval of asking, not a hope
 
+    def kill(self):
+        """As the kernel does it: nothing is said, nothing is put away."""
+        self.process.kill()
+        self.process.wait()
+
     def __exit__(self, *_):
+        self.stop()
+        self.home.cleanup()
+
+    def stop(self):
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -87,7 +100,6 @@ class Server:
                 self.process.kill()
                 self.process.wait()
                 raise RuntimeError("the server did not stop within 45 s of SIGTERM") from None
-        self.home.cleanup()
 
     def get(self, path: str, headers: dict | None = None) -> tuple[int, str]:
         request = urllib.request.Request(self.url + path, headers=headers or {})
@@ -137,6 +149,14 @@ class Server:
 
     def workers(self) -> list[int]:
         """Process ids of the server's workers."""
+        return self.children("worker")
+
+    def keeper(self) -> int:
+        """Process id of the keeper that this server (not one before it) has started."""
+        (pid,) = self.children("keeper")
+        return pid
+
+    def children(self, what: str) -> list[int]:
         found = []
         for entry in pathlib.Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -147,7 +167,7 @@ class Server:
             except OSError:
                 continue
             parent = int(stat.rpartition(")")[2].split()[1])
-            if parent == self.process.pid and b"worker" in command:
+            if parent == self.process.pid and command.split(b"\0")[1:2] == [what.encode()]:
                 found.append(int(entry.name))
         return found
 

@@ -91,6 +91,8 @@ pub(crate) enum Command {
     /// The inference process; started by the server
     #[command(hide = true)]
     Worker(WorkerArgs),
+    /// Hold what a server has in memory, so that it outlives the server; started by the server
+    Keeper(KeeperArgs),
 }
 
 #[derive(Debug, Args)]
@@ -224,6 +226,8 @@ pub(crate) enum BenchCommand {
     Ablation(BenchAblationArgs),
     /// Everything but the engine: gateway, controller, real sockets, an engine that costs nothing
     Overhead(BenchOverheadArgs),
+    /// A server is killed and started again: how long until everything is in memory again, and what is read for it
+    Restart(BenchRestartArgs),
     /// The server that does nothing, for `bench overhead`
     #[command(hide = true)]
     Floor,
@@ -388,6 +392,22 @@ pub(crate) struct BenchOverheadArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct BenchRestartArgs {
+    /// How much is in memory
+    #[arg(long, default_value = "4GiB")]
+    pub(crate) size: ByteSize,
+    /// How often it is killed
+    #[arg(long, default_value_t = 5)]
+    pub(crate) runs: u32,
+    /// Where files are made
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Leave the files where they are, for the next run
+    #[arg(long)]
+    pub(crate) keep_files: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct BenchEngineArgs {
     /// Which model
     #[arg(long, default_value = "smollm2:135m")]
@@ -404,6 +424,16 @@ pub(crate) struct BenchEngineArgs {
     /// Threads [default: physical cores]
     #[arg(long)]
     pub(crate) threads: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeeperArgs {
+    /// How long to wait for a server that was killed to come back, in seconds
+    #[arg(long, default_value_t = 60)]
+    pub(crate) patience_s: u64,
+    /// The socket is standard input
+    #[arg(long, hide = true)]
+    pub(crate) inherited: bool,
 }
 
 #[derive(Debug, Args)]

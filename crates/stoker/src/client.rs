@@ -128,6 +128,24 @@ impl ApiClient {
         Self { address: address.to_string(), key }
     }
 
+    /// A page that is text.
+    ///
+    /// # Errors
+    /// The server's words when it refuses.
+    pub(crate) async fn text(&self, path: &str) -> anyhow::Result<String> {
+        let stream = tokio::net::TcpStream::connect(&self.address)
+            .await
+            .with_context(|| format!("no server answers at {}", self.address))?;
+        let request = Request::get(path).header(header::HOST, &self.address).body(Full::new(Bytes::new()))?;
+        let response = exchange(stream, request).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            bail!("{}", error_message(status, &body));
+        }
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
     /// Posts a request whose answer is an event stream; gives the response's headers too.
     ///
     /// # Errors

@@ -30,11 +30,18 @@ static ALLOCATOR: stoker_io::Allocator = stoker_io::Allocator;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let environment = Environment::of_process();
+    if let Command::Keeper(args) = &cli.command {
+        return ended(commands::keeper::run(args, &environment));
+    }
     let _log = init_logging(&cli, &environment);
     if let Command::Worker(args) = &cli.command {
         return commands::worker::run(args);
     }
-    match run(cli, &environment) {
+    ended(run(cli, &environment))
+}
+
+fn ended(outcome: anyhow::Result<ExitCode>) -> ExitCode {
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             // One line: what happened, and the causes behind it.
@@ -64,7 +71,8 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
     match command {
         Command::Demo(args) => Box::pin(demo::run(&config, args, output)).await?,
         Command::Serve(args) => {
-            Box::pin(commands::serve::run(&config, Variant { standin: args.standin }, output)).await?;
+            Box::pin(commands::serve::run(&config, Variant { standin: args.standin, kept: true }, output))
+                .await?;
         }
         Command::Run(args) => Box::pin(chat::run(&config, args, output)).await?,
         Command::Pull(args) => Box::pin(models::pull(&config, args, output)).await?,
@@ -93,12 +101,16 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
         Command::Bench(BenchCommand::Overhead(args)) => {
             Box::pin(commands::bench::overhead::run(&config, &args, output)).await?;
         }
+        Command::Bench(BenchCommand::Restart(args)) => {
+            let dir = config.dirs.data.join("bench");
+            Box::pin(commands::bench::restart::run(&args, &dir, output)).await?;
+        }
         Command::Bench(BenchCommand::Floor) => commands::bench::overhead::floor::run(output).await?,
         Command::Bench(BenchCommand::Engine(args)) => {
             let find = |name: &str| models::find(&config, name);
             tokio::task::block_in_place(|| commands::bench::engine::run(&args, find, output))?;
         }
-        Command::Worker(_) => anyhow::bail!("workers are started by the server"),
+        Command::Worker(_) | Command::Keeper(_) => anyhow::bail!("this needs a process of its own"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -6,6 +6,7 @@ pub(crate) mod config;
 pub(crate) mod demo;
 pub(crate) mod devices;
 pub(crate) mod explain;
+pub(crate) mod keeper;
 pub(crate) mod memory;
 pub(crate) mod models;
 pub(crate) mod serve;

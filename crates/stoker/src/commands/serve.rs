@@ -9,11 +9,7 @@ use crate::{
 /// Serves until it is told to stop.
 pub(crate) async fn run(config: &Config, variant: Variant, output: Output) -> anyhow::Result<()> {
     let server = Server::start(config, variant).await?;
-    output.line(&format!(
-        "listening on http://{}/v1  (DRAM {}, KV {})",
-        server.address(),
-        config.dram.value,
-        config.kv.value
-    ));
+    let (dram, kv) = server.budgets();
+    output.line(&format!("listening on http://{}/v1  (DRAM {}, KV {})", server.address(), dram, kv));
     server.until_signalled().await
 }

@@ -49,6 +49,11 @@ impl Dirs {
         self.runtime.join("admin.sock")
     }
 
+    /// The socket of the process that keeps a server's memory.
+    pub(crate) fn keeper_socket(&self) -> PathBuf {
+        self.runtime.join("keeper.sock")
+    }
+
     /// Makes the runtime directory, for this user alone.
     ///
     /// # Errors

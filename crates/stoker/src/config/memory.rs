@@ -19,6 +19,11 @@ impl Available {
         Self(SystemMemory::default().read().map_or(UNKNOWN, |reading| reading.available))
     }
 
+    /// With memory that counts as used and is this server's.
+    pub(crate) fn plus(self, own: ByteSize) -> Self {
+        Self(self.0 + own)
+    }
+
     /// 40 % of what is available, if that leaves 4 GiB; never below 256 MiB.
     pub(crate) fn dram_default(self) -> ByteSize {
         self.share(40)

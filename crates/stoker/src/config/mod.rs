@@ -75,6 +75,15 @@ pub(crate) struct Overrides {
     pub(crate) insecure: bool,
 }
 
+/// A server's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemoryBudgets {
+    /// For weights.
+    pub(crate) dram: ByteSize,
+    /// For KV caches.
+    pub(crate) kv: ByteSize,
+}
+
 /// Everything that a command may need to know, settled.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -387,6 +396,21 @@ impl Config {
         Ok(config)
     }
 
+    /// What a server gets that finds `left` in memory from one before it, which had its defaults when all of that was
+    /// available.
+    pub(crate) fn budgets(&self, left: Option<ByteSize>) -> MemoryBudgets {
+        let Some(left) = left else { return MemoryBudgets { dram: self.dram.value, kv: self.kv.value } };
+        let available = memory::Available::read().plus(left);
+        let settled = |setting: &Setting<ByteSize>, default| match setting.origin {
+            Origin::Default => default,
+            _ => setting.value,
+        };
+        MemoryBudgets {
+            dram: settled(&self.dram, available.dram_default()),
+            kv: settled(&self.kv, available.kv_default()),
+        }
+    }
+
     /// Whether serving with this configuration is safe.
     ///
     /// # Errors
@@ -447,6 +471,17 @@ mod tests {
         assert_eq!(config.keep_alive.origin, Origin::File);
         assert_eq!(config.queue.origin, Origin::Default);
         assert_eq!(config.models.value, PathBuf::from("/home/someone/.local/share/stoker/models"));
+    }
+
+    #[test]
+    fn what_a_killed_server_left_counts_for_the_defaults() {
+        let flags = Overrides { dram: Some(ByteSize::gib(3)), ..Overrides::default() };
+        let config = Config::load(flags, &environment(&[])).unwrap();
+        let before = config.budgets(None);
+        assert_eq!(before, MemoryBudgets { dram: ByteSize::gib(3), kv: config.kv.value });
+        let after = config.budgets(Some(ByteSize::gib(1000)));
+        assert_eq!(after.dram, ByteSize::gib(3), "as it was given");
+        assert!(after.kv >= ByteSize::gib(150), "{}", after.kv);
     }
 
     #[test]

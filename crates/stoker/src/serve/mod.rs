@@ -2,6 +2,7 @@
 
 mod adapters;
 pub(crate) mod admin;
+mod memory;
 pub(crate) mod traces;
 
 use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
@@ -10,8 +11,8 @@ use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use stoker_controller::{Budgets, ControllerHandle};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
-use stoker_node::{MemoryConfig, Node, NodeConfig, PressureTrigger, WorkerConfig};
-use stoker_store::{Store, StoreConfig};
+use stoker_node::{MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig};
+use stoker_types::ByteSize;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -32,6 +33,10 @@ pub(crate) struct Server {
     shutdown: Shutdown,
     controller: ControllerHandle,
     node: Node,
+    /// For weights.
+    dram: ByteSize,
+    /// For KV caches.
+    kv: ByteSize,
     grace: Duration,
     gateway: JoinHandle<std::io::Result<()>>,
     admin: admin::AdminServer,
@@ -43,6 +48,8 @@ pub(crate) struct Server {
 pub(crate) struct Variant {
     /// Workers with an engine that costs nothing.
     pub(crate) standin: bool,
+    /// What is in memory outlives the process.
+    pub(crate) kept: bool,
 }
 
 impl Server {
@@ -61,18 +68,15 @@ impl Server {
             TcpListener::bind(config.listen.value).await.with_context(|| taken(config.listen.value))?;
         let address = listener.local_addr()?;
 
-        let store = Store::open(StoreConfig {
-            read_mode: config.reader.value.mode(),
-            opener: Arc::new(config.reader.value.files()),
-            ..StoreConfig::new(config.dram.value)
-        })
-        .context("opening the memory pool")?;
+        let runtime = RuntimeDir::claim(&config.dirs.runtime)?;
         let executable = std::env::current_exe().context("finding the worker's executable")?;
         let mut command = vec![executable.into_os_string(), "worker".into()];
         command.extend(["--threads".into(), config.threads.value.to_string().into()]);
         if variant.standin {
             command.push("--standin".into());
         }
+        let memory::Opened { store, keeper, dram, kv } =
+            memory::open(config, &runtime, &command, &library, variant.kept).await?;
         let slots = NonZeroU32::new(config.workers.value).unwrap_or(NonZeroU32::MIN);
         let workers = WorkerConfig {
             threads: config.threads.value,
@@ -86,8 +90,8 @@ impl Server {
                 |error| tracing::debug!(%error, "memory pressure isn't watched; starts look at the machine"),
             )
             .ok();
-        let memory = MemoryConfig { pressure, ..MemoryConfig::new(config.kv.value) };
-        let node_config = NodeConfig { runtime_dir: config.dirs.runtime.clone(), workers, memory };
+        let memory = MemoryConfig { pressure, ..MemoryConfig::new(kv) };
+        let node_config = NodeConfig { runtime, workers, memory, keeper };
         let node = Node::open(node_config, store, Arc::new(library.clone()))?;
 
         let (export, exporter) = if config.telemetry.traces {
@@ -98,7 +102,7 @@ impl Server {
         };
         let traces = Arc::new(traces::RequestTraces::new(export));
 
-        let budgets = Budgets { dram: config.dram.value, kv: config.kv.value, slots: slots.get() };
+        let budgets = Budgets { dram, kv, slots: slots.get() };
         let mut controller_config = stoker_controller::Config::new(budgets);
         controller_config.queue = config.queue.value;
         controller_config.rules.wait_max = Duration::from_secs(config.other_model_wait_s.value);
@@ -137,17 +141,22 @@ impl Server {
         let gateway = tokio::spawn(stoker_gateway::serve(listener, gateway_config, deps, shutdown.clone()));
         tracing::info!(
             %address,
-            dram = %config.dram.value,
-            kv = %config.kv.value,
+            %dram,
+            %kv,
             admin = %config.dirs.admin_socket().display(),
             "listening"
         );
-        Ok(Self { address, shutdown, controller, node, grace, gateway, admin, exporter })
+        Ok(Self { address, shutdown, controller, node, dram, kv, grace, gateway, admin, exporter })
     }
 
     /// Where the API listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Memory for weights and for KV caches.
+    pub(crate) fn budgets(&self) -> (ByteSize, ByteSize) {
+        (self.dram, self.kv)
     }
 
     /// Waits until a worker can take a model.
@@ -188,7 +197,7 @@ impl Server {
     /// # Errors
     /// When the listener failed.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
-        let Self { address: _, shutdown, controller, node, grace, gateway, admin, exporter } = self;
+        let Self { shutdown, controller, node, grace, gateway, admin, exporter, .. } = self;
         shutdown.drain.cancel();
         let draining = async {
             tokio::select! {

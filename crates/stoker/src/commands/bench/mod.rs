@@ -7,6 +7,7 @@ pub(crate) mod engine;
 pub(crate) mod load;
 pub(crate) mod overhead;
 mod plot;
+pub(crate) mod restart;
 mod synth;
 mod to_device;
 

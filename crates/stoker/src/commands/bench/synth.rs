@@ -65,8 +65,11 @@ pub(crate) fn make(name: &str, parent: &Path, keep: bool) -> anyhow::Result<Synt
             known.join(", ")
         ));
     };
-    let shapes = Shapes::deserialize(found)?;
-    let tensors = tensors(&shapes)?;
+    make_from(&Shapes::deserialize(found)?, name, parent, keep)
+}
+
+fn make_from(shapes: &Shapes, name: &str, parent: &Path, keep: bool) -> anyhow::Result<SyntheticModel> {
+    let tensors = tensors(shapes)?;
     let dir = parent.join(format!("synth-{name}"));
     let made = SyntheticModel { dir, keep };
     if made.is_there(&tensors) {
@@ -78,6 +81,38 @@ pub(crate) fn make(name: &str, parent: &Path, keep: bool) -> anyhow::Result<Synt
         format!("writing {} of random weights to {}", ByteSize(bytes), made.dir.display())
     })?;
     Ok(made)
+}
+
+/// Makes a model of at most `size`, or takes the one that is there: LLaMA-2-7B with as many layers as that has room for,
+/// at least one.
+///
+/// # Errors
+/// A full disk.
+pub(crate) fn make_of_size(
+    name: &str,
+    size: ByteSize,
+    parent: &Path,
+    keep: bool,
+) -> anyhow::Result<SyntheticModel> {
+    let (shapes, layers) = shapes_of_size(size)?;
+    make_from(&shapes, &format!("{name}-{layers}"), parent, keep)
+}
+
+/// Shapes, and the number of layers.
+fn shapes_of_size(size: ByteSize) -> anyhow::Result<(Shapes, u64)> {
+    let mut shapes = Shapes::deserialize(shapes()?.shift_remove("llama-2-7b").context("no shapes")?)?;
+    let all = tensors(&shapes)?;
+    let (layers, rest): (Vec<_>, Vec<_>) = all.iter().partition(|tensor| tensor.name.contains(".layers."));
+    let bytes = |tensors: &[&Tensor]| tensors.iter().map(|tensor| tensor.bytes).sum::<u64>();
+    let count = shapes.config["num_hidden_layers"].as_u64().unwrap_or(1).max(1);
+    let fit = (size.bytes().saturating_sub(bytes(&rest)) / (bytes(&layers) / count)).max(1);
+    for (name, group) in &mut shapes.tensor_groups {
+        if name.contains("{i}") {
+            group["count"] = fit.into();
+        }
+    }
+    shapes.config["num_hidden_layers"] = fit.into();
+    Ok((shapes, fit))
 }
 
 fn shapes() -> serde_json::Result<serde_json::Map<String, Value>> {
@@ -237,6 +272,22 @@ mod tests {
             let shapes = Shapes::deserialize(&shapes().unwrap()[name]).unwrap();
             assert_eq!(tensors(&shapes).unwrap().iter().map(|t| t.bytes).sum::<u64>(), bytes, "{name}");
         }
+    }
+
+    #[test]
+    fn a_size_has_room_for_so_many_layers() {
+        let of = |size| {
+            let (shapes, layers) = shapes_of_size(size).unwrap();
+            assert_eq!(shapes.config["num_hidden_layers"], layers);
+            (layers, tensors(&shapes).unwrap().iter().map(|t| t.bytes).sum::<u64>())
+        };
+        assert_eq!(of(ByteSize(13_476_831_232)), (32, 13_476_831_232));
+        let (layers, bytes) = of(ByteSize::gib(4));
+        assert!(
+            layers == 9 && bytes < ByteSize::gib(4).bytes() && bytes > ByteSize::gib(3).bytes(),
+            "{bytes}"
+        );
+        assert_eq!(of(ByteSize::mib(1)).0, 1, "at least one");
     }
 
     #[test]

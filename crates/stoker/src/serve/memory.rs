@@ -1,0 +1,75 @@
+//! The store of a server, over memory that outlives the process.
+
+use std::{ffi::OsString, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use stoker_io::PoolMemory;
+use stoker_node::{Keeper, KeeperConfig, RuntimeDir, open_store};
+use stoker_store::{Store, StoreConfig};
+use stoker_types::ByteSize;
+
+use crate::{config::Config, library::Library};
+
+/// What workers of a killed server get to end by themselves: those that can do so in milliseconds.
+const WORKERS_END: Duration = Duration::from_secs(2);
+
+/// A store, and who keeps its memory.
+pub(super) struct Opened {
+    pub(super) store: Store,
+    pub(super) keeper: Option<Keeper>,
+    /// Memory for weights.
+    pub(super) dram: ByteSize,
+    /// Memory for KV caches.
+    pub(super) kv: ByteSize,
+}
+
+/// Opens the store, over what a server that was killed left in memory, if `kept`. `workers` is the command that starts
+/// one. Without a keeper, everything works, and nothing outlives the process.
+pub(super) async fn open(
+    config: &Config,
+    runtime: &RuntimeDir,
+    workers: &[OsString],
+    library: &Library,
+    kept: bool,
+) -> anyhow::Result<Opened> {
+    let executable = std::env::current_exe().context("finding the keeper's executable")?;
+    let keeper = KeeperConfig {
+        socket: runtime.keeper_socket(),
+        command: vec![executable.into_os_string(), "keeper".into(), "--inherited".into()],
+        workers: workers.to_vec(),
+    };
+    let (config, library) = (config.clone(), library.clone());
+    // Sums of all that is in memory may have to be computed.
+    let opening = tokio::task::spawn_blocking(move || {
+        let (keeper, left) = if kept { recover(keeper) } else { (None, None) };
+        // What is left is this server's to use: it counts as available.
+        let budgets = config.budgets(left.as_ref().and_then(|memory| memory.resident().ok()));
+        let store_config = StoreConfig {
+            read_mode: config.reader.value.mode(),
+            opener: Arc::new(config.reader.value.files()),
+            ..StoreConfig::new(budgets.dram)
+        };
+        let store = match &keeper {
+            Some(keeper) => open_store(store_config, left, keeper, &library),
+            None => Store::open(store_config),
+        };
+        let store = store.context("opening the memory pool")?;
+        Ok(Opened { store, keeper, dram: budgets.dram, kv: budgets.kv })
+    });
+    opening.await.context("opening the memory pool was cut short")?
+}
+
+fn recover(config: KeeperConfig) -> (Option<Keeper>, Option<PoolMemory>) {
+    let keeper = match Keeper::open(config) {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            tracing::warn!(%error, "no keeper: what is in memory will not outlive this process");
+            return (None, None);
+        }
+    };
+    let left = keeper.recover(WORKERS_END).unwrap_or_else(|error| {
+        tracing::warn!(%error, "what the server before had in memory can't be had; it is read anew");
+        None
+    });
+    (Some(keeper), left)
+}
