@@ -49,5 +49,5 @@ pub use layout::{ALIGN, FileRange, Layout};
 pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use slice::{Shard, SliceError, TensorPart};
-pub use store::{Evicted, Store, StoreConfig};
+pub use store::{Clock, Evicted, Store, StoreConfig};
 pub use stream::{ChunkStream, LentSlots, StreamOptions, StreamedChunk};

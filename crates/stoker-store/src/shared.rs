@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
 use stoker_io::{ChunkBuf, ChunkPool, Open, ReadMode, Reader, Wake};
-use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate, clock};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate};
 use tokio::sync::watch;
 
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     job::{Assignment, Job, JobId, Jobs, Priority, Progress, Target},
     meter::Meter,
     report::{EvictReason, StoreStats},
+    store::Clock,
     transfer::{ChunkFilled, PartRead, reload_time},
 };
 
@@ -25,7 +26,7 @@ pub(crate) struct Shared {
     pub(crate) mode: ReadMode,
     /// Grows with each change of what is in memory.
     pub(crate) changes: watch::Sender<u64>,
-    origin: clock::Instant,
+    clock: Clock,
 }
 
 #[derive(Default)]
@@ -55,7 +56,7 @@ pub(crate) enum Begun {
 // === impl Shared ===
 
 impl Shared {
-    pub(crate) fn new(pool: ChunkPool, opener: Arc<dyn Open>, mode: ReadMode) -> Self {
+    pub(crate) fn new(pool: ChunkPool, opener: Arc<dyn Open>, mode: ReadMode, clock: Clock) -> Self {
         Self {
             state: Mutex::default(),
             pool,
@@ -63,7 +64,7 @@ impl Shared {
             wake: Wake::default(),
             mode,
             changes: watch::Sender::new(0),
-            origin: clock::now(),
+            clock,
         }
     }
 
@@ -72,7 +73,7 @@ impl Shared {
     }
 
     pub(crate) fn now(&self) -> Duration {
-        self.origin.elapsed()
+        (self.clock)()
     }
 
     pub(crate) fn bytes_of(&self, slots: usize) -> ByteSize {

@@ -1,11 +1,11 @@
 //! The store's handle.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
 use stoker_device::Device;
 use stoker_io::{ChunkPool, LocalFiles, Open, PoolMemory, ReadMode, ReadThreads, Work};
-use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +21,9 @@ use crate::{
     stream::{ChunkStream, LentSlots, StreamOptions},
     transfer::Puller,
 };
+
+/// Time since any fixed moment.
+pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
 
 /// What a store is made with.
 #[derive(Clone)]
@@ -39,6 +42,8 @@ pub struct StoreConfig {
     pub read_mode: ReadMode,
     /// What opens files.
     pub opener: Arc<dyn Open>,
+    /// What says how long ago something was used, and how long it took: the machine's monotonic clock.
+    pub clock: Clock,
 }
 
 /// The checkpoint store of one server: disk and memory tiers. A cheap handle; when the last one is dropped, loads end
@@ -72,6 +77,7 @@ impl StoreConfig {
     /// A store of `budget` bytes with the defaults.
     #[must_use]
     pub fn new(budget: ByteSize) -> Self {
+        let origin = clock::now();
         Self {
             capacity: budget,
             budget,
@@ -82,6 +88,7 @@ impl StoreConfig {
             read_threads: 8,
             read_mode: ReadMode::Auto,
             opener: Arc::new(LocalFiles::default()),
+            clock: Arc::new(move || origin.elapsed()),
         }
     }
 }
@@ -102,9 +109,17 @@ impl Store {
 
     /// A store over a pool, whose budget is as it is.
     pub(crate) fn over(config: StoreConfig, pool: ChunkPool) -> Result<Self, OpenError> {
-        let StoreConfig { capacity: _, budget: _, shared: _, chunk: _, read_threads, read_mode, opener } =
-            config;
-        let shared = Arc::new(Shared::new(pool, opener, read_mode));
+        let StoreConfig {
+            capacity: _,
+            budget: _,
+            shared: _,
+            chunk: _,
+            read_threads,
+            read_mode,
+            opener,
+            clock,
+        } = config;
+        let shared = Arc::new(Shared::new(pool, opener, read_mode, clock));
         let work: Arc<dyn Work> = Arc::new(Puller(Arc::clone(&shared)));
         let threads =
             ReadThreads::start(read_threads, &work, shared.wake.clone()).map_err(OpenError::Threads)?;

@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     io,
-    ops::Bound,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -15,7 +14,7 @@ use rustix::{
 };
 use stoker_types::clock;
 
-use super::wire::{self, Listener, NAME_BYTES_MAX, Operation, PACKET_BYTES_MAX, Packet, Refusal, VERSION};
+use super::wire::{self, Listener, NAME_BYTES_MAX, Operation, Packet, Refusal, VERSION};
 
 /// Descriptors that the process needs for itself.
 const OWN_DESCRIPTORS: u64 = 64;
@@ -160,16 +159,6 @@ impl Kept {
             (Operation::Remove, _) => {
                 self.descriptors.remove(valid(name)?).ok_or(Refusal::Unknown)?;
             }
-            (Operation::List, _) => {
-                let after = if name.is_empty() { Bound::Unbounded } else { Bound::Excluded(valid(name)?) };
-                for (name, _) in self.descriptors.range::<str, _>((after, Bound::Unbounded)) {
-                    if answer.payload.len() + name.len() + 2 > PACKET_BYTES_MAX {
-                        break;
-                    }
-                    answer.payload.extend(name.as_bytes());
-                    answer.payload.push(b'\n');
-                }
-            }
             (Operation::Exit, _) => answer.exit = true,
         }
         Ok(answer)
@@ -255,7 +244,7 @@ mod tests {
         let socket = bed.connect();
         let hello = ask(&socket, Operation::Hello as u8, b"", None).unwrap();
         assert_eq!(hello.bytes[1..], [&[VERSION][..], &std::process::id().to_le_bytes()].concat());
-        let (put, get, remove, list) = (2, 3, 4, 5);
+        let (put, get, remove) = (2, 3, 4);
         ask(&socket, put, b"a", Some(&file("one"))).unwrap();
         ask(&socket, put, b"b", Some(&file("two"))).unwrap();
         // Another connection, as of the next node.
@@ -265,8 +254,6 @@ mod tests {
         assert_eq!(content(ask(&socket, get, b"a", None).unwrap()), "one", "a copy");
         ask(&socket, put, b"a", Some(&file("three"))).unwrap();
         assert_eq!(content(ask(&socket, get, b"a", None).unwrap()), "three");
-        assert_eq!(ask(&socket, list, b"", None).unwrap().bytes[1..], *b"a\nb\n");
-        assert_eq!(ask(&socket, list, b"a", None).unwrap().bytes[1..], *b"b\n");
         ask(&socket, remove, b"a", None).unwrap();
         assert_eq!(ask(&socket, get, b"a", None).unwrap_err(), Refusal::Unknown);
         assert_eq!(ask(&socket, remove, b"a", None).unwrap_err(), Refusal::Unknown);
@@ -291,7 +278,7 @@ mod tests {
             assert_eq!(ask(&socket, put, b"none", None).unwrap_err(), Refusal::Descriptors);
             assert_eq!(ask(&socket, get, b"0", Some(&some)).unwrap_err(), Refusal::Descriptors);
             assert_eq!(ask(&socket, 99, b"?", None).unwrap_err(), Refusal::Request);
-            let long = vec![b'x'; PACKET_BYTES_MAX + 1];
+            let long = vec![b'x'; wire::PACKET_BYTES_MAX + 1];
             assert_eq!(ask(&socket, put, &long, Some(&some)).unwrap_err(), Refusal::Request);
             ask(&socket, put, b"0", Some(&some)).unwrap();
         }

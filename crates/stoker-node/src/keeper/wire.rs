@@ -26,7 +26,7 @@ pub(super) const VERSION: u8 = 1;
 pub const NAME_BYTES_MAX: usize = 64;
 
 /// Longest packet, bytes.
-pub(super) const PACKET_BYTES_MAX: usize = 16 << 10;
+pub(super) const PACKET_BYTES_MAX: usize = 256;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 8;
@@ -42,10 +42,8 @@ pub(super) enum Operation {
     Get = 3,
     /// Closes what is kept under the name.
     Remove = 4,
-    /// Says as many names as fit into a packet, in order, from the first one behind the given one.
-    List = 5,
     /// Ends.
-    Exit = 6,
+    Exit = 5,
 }
 
 /// Why a keeper does not do what it is asked.
@@ -86,7 +84,7 @@ pub(super) struct Packet {
 
 impl Operation {
     pub(super) fn of(byte: u8) -> Option<Self> {
-        [Self::Hello, Self::Put, Self::Get, Self::Remove, Self::List, Self::Exit]
+        [Self::Hello, Self::Put, Self::Get, Self::Remove, Self::Exit]
             .into_iter()
             .find(|operation| *operation as u8 == byte)
     }

@@ -7,3 +7,4 @@ mod cache;
 mod common;
 mod load;
 mod soak;
+mod stress;
