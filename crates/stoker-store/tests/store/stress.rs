@@ -64,7 +64,11 @@ fn slots(model: &Model) -> usize {
 impl Run {
     fn new(seed: u64) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let faults = FaultyFiles::new(LocalFiles { block_bytes: 16 << 10, direct: DirectIo::Pread });
+        let faults = FaultyFiles::new(LocalFiles {
+            block_bytes: 16 << 10,
+            buffered_part_bytes: 16 << 10,
+            direct: DirectIo::Pread,
+        });
         let seconds = Arc::new(AtomicU64::new(0));
         let told = Arc::clone(&seconds);
         let store = Store::open(StoreConfig {
