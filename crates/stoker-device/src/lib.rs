@@ -1,7 +1,8 @@
 //! Device memory, and copies into it.
 //!
 //! - [`Device`]: a GPU ([`CudaDevice`]), or a stand-in in host memory ([`SimulatedDevice`]) with a bandwidth of its own.
-//! - [`Slab`]: one range of device addresses. Its memory comes in granules, which other processes can map.
+//! - [`Slab`]: one range of device addresses. Its memory comes in granules, which other processes can map, and goes back in
+//!   granules ([`SlabPart`]).
 //! - [`Transfer`]: host bytes on their way into a slab. Copies are asynchronous; each ends with one call of its `done`.
 //!
 //! Nothing here links CUDA: the driver is opened at run time behind a probe ([`cuda_devices`]), so that a machine without
@@ -20,4 +21,4 @@ pub use device::{Cut, Device, Done, HostBytes, Transfer};
 pub use error::{CudaVersion, DeviceError};
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};
 pub use simulated::{SimulatedDevice, SimulatedOptions};
-pub use slab::Slab;
+pub use slab::{Slab, SlabPart};

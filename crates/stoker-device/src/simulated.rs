@@ -62,17 +62,32 @@ struct Shared {
 
 /// Anonymous memory, which takes room only as it is written.
 pub(crate) struct HostMemory {
+    space: Arc<HostSpace>,
+    granule: u64,
+    granules: Vec<Arc<HostGranule>>,
+}
+
+/// Its addresses.
+struct HostSpace {
     base: NonNull<u8>,
     len: usize,
-    used: Arc<AtomicU64>,
-    /// Held by whoever reads or writes.
+    /// Held by whoever reads or writes through the device.
     access: Mutex<()>,
 }
 
-// SAFETY: the memory belongs to this value, and every access goes through `write` and `read`, which hold `access`.
-unsafe impl Send for HostMemory {}
+/// A part of it: given back with the last handle.
+pub(crate) struct HostGranule {
+    space: Arc<HostSpace>,
+    at: usize,
+    len: usize,
+    used: Arc<AtomicU64>,
+}
+
+// SAFETY: the memory belongs to this value, and every access of this crate goes through `write` and `read`, which hold
+// `access`. Whoever uses the address by itself promises to keep readers and writers apart (`Slab::address`).
+unsafe impl Send for HostSpace {}
 // SAFETY: as above.
-unsafe impl Sync for HostMemory {}
+unsafe impl Sync for HostSpace {}
 
 // === impl SimulatedOptions ===
 
@@ -145,8 +160,10 @@ impl Device for SimulatedDevice {
         Ok(DeviceMemory { total, free: total.saturating_sub(slabs), slabs })
     }
 
-    fn allocate(&self, bytes: ByteSize, _granule: ByteSize) -> Result<Slab, DeviceError> {
-        let len = bytes.bytes().max(1).next_multiple_of(rustix::param::page_size() as u64);
+    fn allocate(&self, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError> {
+        let page = rustix::param::page_size() as u64;
+        let len = bytes.bytes().max(1).next_multiple_of(page);
+        let granule = granule.bytes().clamp(1, len).next_multiple_of(page);
         let (total, ordinal) = (self.shared.memory, self.shared.ordinal);
         let taken = self.shared.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
             used.checked_add(len).filter(|used| *used <= total.bytes())
@@ -155,7 +172,7 @@ impl Device for SimulatedDevice {
             let free = total.saturating_sub(ByteSize(used));
             return Err(DeviceError::OutOfMemory { device: ordinal, needed: ByteSize(len), free, total });
         }
-        let memory = HostMemory::new(len, Arc::clone(&self.shared.used)).inspect_err(|_| {
+        let memory = HostMemory::new(len, granule, &self.shared.used).inspect_err(|_| {
             self.shared.used.fetch_sub(len, Ordering::Relaxed);
         })?;
         Ok(Slab::new(ordinal, len, Memory::Host(memory)))
@@ -266,9 +283,10 @@ impl Shared {
 // === impl HostMemory ===
 
 impl HostMemory {
-    fn new(bytes: u64, used: Arc<AtomicU64>) -> Result<Self, DeviceError> {
+    fn new(bytes: u64, granule: u64, used: &Arc<AtomicU64>) -> Result<Self, DeviceError> {
         let os = |words: String| DeviceError::Os { call: "mmap", words };
         let len = usize::try_from(bytes).map_err(|error| os(error.to_string()))?;
+        let step = usize::try_from(granule).unwrap_or(len);
         // SAFETY: a new private mapping at an address that the kernel chooses.
         let base = unsafe {
             rustix::mm::mmap_anonymous(
@@ -280,35 +298,67 @@ impl HostMemory {
         }
         .map_err(|errno| os(errno.to_string()))?;
         let base = NonNull::new(base.cast()).ok_or_else(|| os("mapped at address zero".to_owned()))?;
-        Ok(Self { base, len, used, access: Mutex::new(()) })
+        let space = Arc::new(HostSpace { base, len, access: Mutex::new(()) });
+        let granules = (0..len).step_by(step).map(|at| {
+            let (space, used) = (Arc::clone(&space), Arc::clone(used));
+            Arc::new(HostGranule { space, at, len: step.min(len - at), used })
+        });
+        Ok(Self { granule, granules: granules.collect(), space })
     }
 
     pub(crate) fn address(&self) -> u64 {
-        self.base.as_ptr() as u64
+        self.space.base.as_ptr() as u64
+    }
+
+    pub(crate) fn granule(&self) -> u64 {
+        self.granule
+    }
+
+    pub(crate) fn granules(&self) -> &[Arc<HostGranule>] {
+        &self.granules
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {
-        let _access = self.access.lock();
+        let HostSpace { base, len, access } = &*self.space;
+        let _access = access.lock();
         let at = usize::try_from(at).unwrap_or(usize::MAX);
-        assert!(at <= self.len && bytes.len() <= self.len - at, "checked when the copy was queued");
-        // SAFETY: the range lies within the mapping (above), which isn't the source's: it is handed out to nobody.
-        unsafe { self.base.as_ptr().add(at).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
+        assert!(at <= *len && bytes.len() <= len - at, "checked when the copy was queued");
+        // SAFETY: the range lies within the mapping (above), which isn't the source's: `Slab::address` asks who uses it
+        // to keep away from a copy's range.
+        unsafe { base.as_ptr().add(at).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
     }
 
     fn read(&self, at: u64, into: &mut [u8]) {
-        let _access = self.access.lock();
+        let HostSpace { base, len, access } = &*self.space;
+        let _access = access.lock();
         let at = usize::try_from(at).unwrap_or(usize::MAX);
-        assert!(at <= self.len && into.len() <= self.len - at, "checked by the caller");
+        assert!(at <= *len && into.len() <= len - at, "checked by the caller");
         // SAFETY: as in `write`; mapped pages are always initialised.
-        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(self.base.as_ptr().add(at), into.len()) }
+        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(base.as_ptr().add(at), into.len()) }
     }
 }
 
-impl Drop for HostMemory {
+impl Drop for HostGranule {
+    fn drop(&mut self) {
+        // SAFETY: the range lies within the mapping, which the granule holds, and nobody uses it any more.
+        let forgotten = unsafe {
+            rustix::mm::madvise(
+                self.space.base.as_ptr().add(self.at).cast(),
+                self.len,
+                rustix::mm::Advice::LinuxDontNeed,
+            )
+        };
+        if let Err(error) = forgotten {
+            tracing::error!(%error, "simulated device memory was not given back");
+        }
+        self.used.fetch_sub(self.len as u64, Ordering::Relaxed);
+    }
+}
+
+impl Drop for HostSpace {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new` with this length. The only error is a range that isn't mapped.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
-        self.used.fetch_sub(self.len as u64, Ordering::Relaxed);
     }
 }
 
@@ -383,6 +433,33 @@ mod tests {
         drop(again);
         assert_eq!(device.memory().unwrap().free, ByteSize::mib(2));
         device.allocate(ByteSize::mib(2), ByteSize::ZERO).unwrap();
+    }
+
+    #[test]
+    fn memory_comes_back_granule_by_granule() {
+        let page = rustix::param::page_size() as u64;
+        let device = device(&SimulatedOptions { memory: ByteSize(16 * page), ..SimulatedOptions::default() });
+        let slab = device.allocate(ByteSize(8 * page), ByteSize(2 * page)).unwrap();
+        assert_eq!(slab.granule(), ByteSize(2 * page));
+        let used = || device.memory().unwrap().slabs.bytes() / page;
+        let first = slab.part(0, 100).unwrap();
+        let tied = first.clone();
+        let across = slab.part(2 * page - 1, 2).unwrap();
+        let none = slab.part(5 * page, 0).unwrap();
+        let beyond = slab.part(8 * page - 1, 2).unwrap_err();
+        assert!(matches!(beyond, DeviceError::OutOfRange { what: "slab", .. }), "{beyond}");
+        copy(&device, vec![7; 100], &slab, vec![Cut { from: 0, len: 100, to: 0 }]).unwrap();
+        assert_eq!((used(), across.address()), (8, slab.address() + 2 * page - 1));
+        drop(slab);
+        assert_eq!(used(), 4, "what no part lies in is gone");
+        drop(across);
+        assert_eq!(used(), 2, "its first granule is another's, too");
+        drop(first);
+        assert_eq!(used(), 2, "tied");
+        drop(tied);
+        assert_eq!(used(), 0);
+        drop(none);
+        device.allocate(ByteSize(16 * page), ByteSize::ZERO).unwrap();
     }
 
     #[test]

@@ -205,6 +205,32 @@ fn many_copies_end_once_each_and_memory_comes_back() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn memory_goes_back_granule_by_granule() {
+    let device = Arc::new(device());
+    let granule = ByteSize::mib(4);
+    let before = device.memory().unwrap();
+    let slab = device.allocate(ByteSize::mib(16), granule).unwrap();
+    let pinned = Pinned::new(&device, 6 << 20, 3);
+    // Over a border between granules.
+    let cut = Cut { from: 0, len: pinned.len, to: 3 << 20 };
+    copy(&device, Shared(Arc::clone(&pinned)), &slab, vec![cut]).unwrap();
+    let mut back = vec![0; pinned.len];
+    device.read(&slab, 3 << 20, &mut back).unwrap();
+    assert!(back == (*pinned).as_ref());
+    let part = slab.part(3 << 20, 2 << 20).unwrap();
+    let last = slab.part(15 << 20, 1 << 20).unwrap();
+    drop(slab);
+    let in_slabs = || device.memory().unwrap().slabs.saturating_sub(before.slabs);
+    assert_eq!(in_slabs(), ByteSize::mib(12));
+    drop(part);
+    assert_eq!(in_slabs(), ByteSize::mib(4));
+    drop(last);
+    assert_eq!(in_slabs(), ByteSize::ZERO);
+    assert!(device.memory().unwrap().free >= before.free);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn too_much_is_refused_with_numbers_and_leaves_nothing() {
     let device = device();
     let before = device.memory().unwrap();

@@ -32,6 +32,7 @@ const SYMBOLS: [&str; 43] = [
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxSetCurrent",
+    "cuCtxSynchronize",
     "cuMemGetInfo_v2",
     "cuMemGetAllocationGranularity",
     "cuMemAddressReserve",

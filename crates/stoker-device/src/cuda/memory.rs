@@ -21,12 +21,25 @@ const HANDLE_TYPE: CUmemAllocationHandleType =
 
 /// A range of addresses with memory behind it, in granules.
 pub(crate) struct Mapping {
-    context: Arc<Context>,
-    address: CUdeviceptr,
-    bytes: u64,
+    addresses: Arc<Addresses>,
     granule: u64,
-    /// One for each granule that is mapped, in order.
-    handles: Vec<CUmemGenericAllocationHandle>,
+    /// Those that are mapped, in order.
+    granules: Vec<Arc<Granule>>,
+}
+
+/// A reserved range of addresses.
+struct Addresses {
+    context: Arc<Context>,
+    first: CUdeviceptr,
+    bytes: u64,
+}
+
+/// Memory behind a part of the range: given back with the last handle.
+pub(crate) struct Granule {
+    addresses: Arc<Addresses>,
+    at: CUdeviceptr,
+    bytes: u64,
+    handle: CUmemGenericAllocationHandle,
 }
 
 // === impl Mapping ===
@@ -96,104 +109,123 @@ impl Mapping {
     }
 
     pub(crate) fn address(&self) -> CUdeviceptr {
-        self.address
+        self.addresses.first
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.addresses.bytes
     }
 
     pub(crate) fn granule(&self) -> u64 {
         self.granule
     }
 
+    /// The granules, in order: all are whole but the last.
+    pub(crate) fn granules(&self) -> &[Arc<Granule>] {
+        &self.granules
+    }
+
     /// A descriptor for each granule.
     pub(crate) fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
-        self.context.bind()?;
-        let export_one = |handle: &CUmemGenericAllocationHandle| {
+        let context = &self.addresses.context;
+        context.bind()?;
+        let export_one = |granule: &Arc<Granule>| {
+            let handle = granule.handle;
             let mut fd: RawFd = -1;
             // SAFETY: the handle lives; the driver writes one descriptor, which is the caller's from then on.
             let exported =
-                unsafe { sys::cuMemExportToShareableHandle((&raw mut fd).cast(), *handle, HANDLE_TYPE, 0) };
-            self.context.check("cuMemExportToShareableHandle", exported)?;
+                unsafe { sys::cuMemExportToShareableHandle((&raw mut fd).cast(), handle, HANDLE_TYPE, 0) };
+            context.check("cuMemExportToShareableHandle", exported)?;
             // SAFETY: as above.
             Ok(unsafe { OwnedFd::from_raw_fd(fd) })
         };
-        self.handles.iter().map(export_one).collect()
+        self.granules.iter().map(export_one).collect()
     }
 
     fn reserve(context: &Arc<Context>, bytes: u64, granule: u64) -> Result<Self, DeviceError> {
         context.bind()?;
-        let mut address = 0;
+        let mut first = 0;
         // SAFETY: the context is current; one address is written.
-        let reserved = unsafe { sys::cuMemAddressReserve(&raw mut address, to_usize(bytes), 0, 0, 0) };
+        let reserved = unsafe { sys::cuMemAddressReserve(&raw mut first, to_usize(bytes), 0, 0, 0) };
         context.check("cuMemAddressReserve", reserved)?;
-        Ok(Self { context: Arc::clone(context), address, bytes, granule, handles: Vec::new() })
+        let addresses = Arc::new(Addresses { context: Arc::clone(context), first, bytes });
+        Ok(Self { addresses, granule, granules: Vec::new() })
     }
 
     /// Puts the next granule in its place. It is this value's to release from here on, whatever happens.
-    fn map(&mut self, handle: CUmemGenericAllocationHandle, len: u64) -> Result<(), DeviceError> {
-        let at = self.address + self.mapped();
+    fn map(&mut self, handle: CUmemGenericAllocationHandle, bytes: u64) -> Result<(), DeviceError> {
+        let context = &self.addresses.context;
+        let at = self.addresses.first + self.mapped();
         // SAFETY: the range is reserved and nothing is mapped there; the handle is new.
-        let mapped = unsafe { sys::cuMemMap(at, to_usize(len), 0, handle, 0) };
-        if let Err(error) = self.context.check("cuMemMap", mapped) {
-            self.release(handle);
+        let mapped = unsafe { sys::cuMemMap(at, to_usize(bytes), 0, handle, 0) };
+        if let Err(error) = context.check("cuMemMap", mapped) {
+            release(context, handle);
             return Err(error);
         }
-        self.handles.push(handle);
-        self.context.slabs.fetch_add(len, Ordering::Relaxed);
+        context.slabs.fetch_add(bytes, Ordering::Relaxed);
+        self.granules.push(Arc::new(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle }));
         Ok(())
     }
 
     fn allow(&self, peers: &[Arc<Context>]) -> Result<(), DeviceError> {
+        let Addresses { context, first, bytes } = &*self.addresses;
         let allow = |context: &Arc<Context>| CUmemAccessDesc {
             location: location(context),
             flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
-        let who: Vec<_> = std::iter::once(&self.context).chain(peers).map(allow).collect();
+        let who: Vec<_> = std::iter::once(context).chain(peers).map(allow).collect();
         // SAFETY: the whole range is mapped; the list is as long as it says.
-        let allowed =
-            unsafe { sys::cuMemSetAccess(self.address, to_usize(self.bytes), who.as_ptr(), who.len()) };
-        self.context.check("cuMemSetAccess", allowed)
+        let allowed = unsafe { sys::cuMemSetAccess(*first, to_usize(*bytes), who.as_ptr(), who.len()) };
+        context.check("cuMemSetAccess", allowed)
     }
 
     fn mapped(&self) -> u64 {
         // Every granule but the last is a whole one.
-        (self.handles.len() as u64 * self.granule).min(self.bytes)
-    }
-
-    fn release(&self, handle: CUmemGenericAllocationHandle) {
-        // SAFETY: the handle is this value's.
-        if let Err(error) = self.context.check("cuMemRelease", unsafe { sys::cuMemRelease(handle) }) {
-            tracing::error!(device = self.context.ordinal, %error, "device memory was not given back");
-        }
+        (self.granules.len() as u64 * self.granule).min(self.addresses.bytes)
     }
 }
 
-impl Drop for Mapping {
+// === impl Granule ===
+
+impl Drop for Granule {
     fn drop(&mut self) {
-        let bound = self.context.bind();
-        let mapped = self.mapped();
-        if let Err(error) = bound {
+        let context = &self.addresses.context;
+        let given_back = context.bind().and_then(|()| {
+            // Whoever had the address may have queued work that still uses the memory. (Our own copies hold the granule.)
+            // SAFETY: the context is current.
+            context.check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })?;
+            // SAFETY: mapped by `Mapping::map` as this very range; nothing on the device uses it any more.
+            let unmapped = unsafe { sys::cuMemUnmap(self.at, to_usize(self.bytes)) };
+            context.check("cuMemUnmap", unmapped)
+        });
+        if let Err(error) = given_back {
             // The driver gives a lost device's memory back when the process ends.
-            tracing::error!(device = self.context.ordinal, %error, "device memory was not given back");
+            tracing::error!(device = context.ordinal, %error, "device memory was not given back");
             return;
         }
-        if mapped > 0 {
-            // SAFETY: mapped by this value; copies into it hold it, so none is under way.
-            let unmapped = unsafe { sys::cuMemUnmap(self.address, to_usize(mapped)) };
-            if let Err(error) = self.context.check("cuMemUnmap", unmapped) {
-                tracing::error!(device = self.context.ordinal, %error, "device memory was not given back");
-                return;
-            }
-        }
-        for handle in std::mem::take(&mut self.handles) {
-            self.release(handle);
-        }
-        self.context.slabs.fetch_sub(mapped, Ordering::Relaxed);
-        // SAFETY: reserved by this value, and nothing is mapped there any more.
-        let freed = unsafe { sys::cuMemAddressFree(self.address, to_usize(self.bytes)) };
-        if let Err(error) = self.context.check("cuMemAddressFree", freed) {
+        release(context, self.handle);
+        context.slabs.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Gives back a handle to memory that is mapped nowhere in this process.
+fn release(context: &Context, handle: CUmemGenericAllocationHandle) {
+    // SAFETY: the handle is the caller's, who uses it no more.
+    if let Err(error) = context.check("cuMemRelease", unsafe { sys::cuMemRelease(handle) }) {
+        tracing::error!(device = context.ordinal, %error, "device memory was not given back");
+    }
+}
+
+// === impl Addresses ===
+
+impl Drop for Addresses {
+    fn drop(&mut self) {
+        let freed = self.context.bind().and_then(|()| {
+            // SAFETY: reserved by `Mapping::reserve`. What is mapped there holds this value.
+            let freed = unsafe { sys::cuMemAddressFree(self.first, to_usize(self.bytes)) };
+            self.context.check("cuMemAddressFree", freed)
+        });
+        if let Err(error) = freed {
             tracing::error!(device = self.context.ordinal, %error, "device addresses were not given back");
         }
     }
