@@ -347,6 +347,65 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// The file that is wrong, or the path that isn't a model.
+    #[must_use]
+    pub fn file(&self) -> &Path {
+        match self {
+            Self::Io { file, .. }
+            | Self::Truncated { file, .. }
+            | Self::BadMagic { file, .. }
+            | Self::BigEndian { file, .. }
+            | Self::UnsupportedVersion { file, .. }
+            | Self::HeaderTooLarge { file, .. }
+            | Self::CountTooLarge { file, .. }
+            | Self::BadUtf8 { file, .. }
+            | Self::Json { file, .. }
+            | Self::DuplicateKey { file, .. }
+            | Self::DuplicateTensor { file, .. }
+            | Self::UnknownValueType { file, .. }
+            | Self::BadValue { file, .. }
+            | Self::BadAlignment { file, .. }
+            | Self::UnknownTensorType { file, .. }
+            | Self::TooManyDimensions { file, .. }
+            | Self::BadShape { file, .. }
+            | Self::LengthMismatch { file, .. }
+            | Self::OutOfRange { file, .. }
+            | Self::EndsBeforeBegin { file, .. }
+            | Self::Misaligned { file, .. }
+            | Self::Overlap { file, .. }
+            | Self::Gap { file, .. }
+            | Self::ShardOutside { file, .. }
+            | Self::MissingShard { file, .. }
+            | Self::ShardDisagrees { file, .. }
+            | Self::WrongShape { file, .. }
+            | Self::MissingTensor { file, .. }
+            | Self::BadManifest { file, .. }
+            | Self::Unsupported { file, .. } => file,
+            Self::NotAModel { path, .. } => path,
+        }
+    }
+
+    /// The tensor that is wrong, if it is one.
+    #[must_use]
+    pub fn tensor(&self) -> Option<&str> {
+        match self {
+            Self::DuplicateTensor { tensor, .. }
+            | Self::UnknownTensorType { tensor, .. }
+            | Self::TooManyDimensions { tensor, .. }
+            | Self::BadShape { tensor, .. }
+            | Self::LengthMismatch { tensor, .. }
+            | Self::OutOfRange { tensor, .. }
+            | Self::EndsBeforeBegin { tensor, .. }
+            | Self::Misaligned { tensor, .. }
+            | Self::ShardOutside { tensor, .. }
+            | Self::ShardDisagrees { tensor, .. }
+            | Self::WrongShape { tensor, .. }
+            | Self::MissingTensor { tensor, .. } => Some(tensor),
+            Self::Overlap { second, .. } => Some(second),
+            _ => None,
+        }
+    }
+
     /// For `map_err` on I/O.
     pub(crate) fn io(file: &Path) -> impl FnOnce(io::Error) -> Self {
         let file = file.to_owned();

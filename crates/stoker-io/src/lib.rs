@@ -5,6 +5,7 @@
 //!   ([`ChunkPool::adopt`]) after the last one was killed knows what is there.
 //! - [`Pinner`]: tells a device's driver of a slot's memory, so that the device reads it by itself.
 //! - [`MappedFile`]: a worker's view of a file that lies in the pool, contiguous and read-only.
+//! - [`OwnFile`]: the same, writable: what is written is the process's own.
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
 //!   reads for each; [`FaultyFiles`] adds faults for tests.
 //! - [`ReadThreads`]: the threads that read.
@@ -18,6 +19,7 @@ mod ledger;
 mod local;
 mod map;
 mod measure;
+mod own;
 mod page_cache;
 mod part;
 mod pin;
@@ -33,6 +35,7 @@ pub use ledger::{LedgerError, Record};
 pub use local::{DirectIo, LocalFiles};
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
+pub use own::OwnFile;
 pub use part::ChunkPart;
 pub use pin::{PinError, Pinner};
 pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, PoolError, PoolMemory, PoolUsage};

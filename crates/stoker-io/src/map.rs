@@ -2,7 +2,17 @@
 
 #![expect(unsafe_code, reason = "maps memory")]
 
-use std::{ffi::c_void, fmt, fs::File, io, ops::Deref, os::fd::AsFd, path::Path, ptr::NonNull, slice};
+use std::{
+    ffi::c_void,
+    fmt,
+    fs::File,
+    io,
+    ops::Deref,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    ptr::NonNull,
+    slice,
+};
 
 use rustix::{
     fs::SealFlags,
@@ -95,28 +105,14 @@ impl MappedFile {
     /// # Errors
     /// [`MapError`]. Nothing stays mapped then.
     pub fn map(pool: impl AsFd, len: u64, chunk_bytes: u64, slots: &[u32]) -> Result<Self, MapError> {
-        let page = rustix::param::page_size() as u64;
-        if chunk_bytes == 0 || !chunk_bytes.is_multiple_of(page) {
-            return Err(MapError::ChunkSize { chunk_bytes, page });
-        }
+        check_chunk_bytes(chunk_bytes)?;
         let expected = len.div_ceil(chunk_bytes);
         if expected != slots.len() as u64 {
             return Err(MapError::SlotCount { len, expected, given: slots.len() });
         }
         let fd = pool.as_fd();
-        let sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
-        if !sealed {
-            return Err(MapError::NotSealed);
-        }
+        check_pool(fd, chunk_bytes, slots)?;
         let os = |step| move |errno: rustix::io::Errno| MapError::Os { step, source: errno.into() };
-        let stat = rustix::fs::fstat(fd).map_err(os("fstat"))?;
-        let pool_bytes = u64::try_from(stat.st_size).unwrap_or(0);
-        for &slot in slots {
-            let end = (u64::from(slot) + 1).checked_mul(chunk_bytes);
-            if end.is_none_or(|end| end > pool_bytes) {
-                return Err(MapError::SlotRange { slot, pool_bytes });
-            }
-        }
         // The slots are within the pool, but one slot may be named many times: the sum needs its own check.
         let whole = expected.checked_mul(chunk_bytes).and_then(|b| usize::try_from(b).ok());
         let (Some(whole), Ok(len)) = (whole, usize::try_from(len)) else {
@@ -191,6 +187,32 @@ impl fmt::Debug for MappedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MappedFile").field("len", &self.len).field("runs", &self.runs).finish_non_exhaustive()
     }
+}
+
+/// Whether chunks of this size can be mapped.
+pub(crate) fn check_chunk_bytes(chunk_bytes: u64) -> Result<(), MapError> {
+    let page = rustix::param::page_size() as u64;
+    if chunk_bytes == 0 || !chunk_bytes.is_multiple_of(page) {
+        return Err(MapError::ChunkSize { chunk_bytes, page });
+    }
+    Ok(())
+}
+
+/// Whether it is a pool whose pages stay, and the slots are within it.
+pub(crate) fn check_pool(fd: BorrowedFd<'_>, chunk_bytes: u64, slots: &[u32]) -> Result<(), MapError> {
+    let sealed = rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    if !sealed {
+        return Err(MapError::NotSealed);
+    }
+    let stat = rustix::fs::fstat(fd).map_err(|errno| MapError::Os { step: "fstat", source: errno.into() })?;
+    let pool_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+    for &slot in slots {
+        let end = (u64::from(slot) + 1).checked_mul(chunk_bytes);
+        if end.is_none_or(|end| end > pool_bytes) {
+            return Err(MapError::SlotRange { slot, pool_bytes });
+        }
+    }
+    Ok(())
 }
 
 // === impl MappedLocal ===
@@ -269,6 +291,14 @@ impl Range {
             }
         }
         Ok(kept)
+    }
+
+    /// Advises on `len` bytes from `at` on, which the caller has the right to forget.
+    pub(crate) fn advise_part(&self, at: usize, len: usize, advice: Advice) {
+        assert!(at <= self.len && len <= self.len - at, "a part of the range");
+        // SAFETY: the part lies within the range (above), which belongs to `self`; whether contents may change is the
+        // caller's to know.
+        let _ = unsafe { rustix::mm::madvise(self.base.as_ptr().byte_add(at), len, advice) };
     }
 
     pub(crate) fn advise(&self, advice: Advice) {

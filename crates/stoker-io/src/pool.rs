@@ -303,6 +303,25 @@ impl ChunkPool {
         }
     }
 
+    /// As [`Self::release_free`], of one slot. One that is in use, or has no memory, stays as it is.
+    ///
+    /// # Errors
+    /// The operating system's; the slot stays warm.
+    pub fn release(&self, slot: u32) -> io::Result<()> {
+        // The slot is nobody's meanwhile.
+        if !self.inner.slots.lock().warm.remove(&slot) {
+            return Ok(());
+        }
+        let punched = self.inner.punch(slot);
+        let mut slots = self.inner.slots.lock();
+        if punched.is_ok() {
+            slots.cold.insert(slot)
+        } else {
+            slots.warm.insert(slot)
+        };
+        punched
+    }
+
     /// Has slots pinned for a device from now on: those that are asked to be ([`ChunkBuf::pin`]). A pool has one
     /// pinner; later ones are ignored.
     pub fn set_pinner(&self, pinner: Arc<dyn Pinner>) {

@@ -11,6 +11,8 @@ use std::{
 use stoker_checkpoint::{ChunkSum, FileIdentity, Manifest, Trust, manifest::CHUNK_BYTES};
 use stoker_types::{ByteSize, ModelName};
 
+use crate::layout::FileRange;
+
 /// One version of a model's bytes: its name and a hash of its files' paths and identities. Of use within one process
 /// only.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -56,6 +58,8 @@ struct Inner {
     chunk_bytes: u64,
     /// Every chunk once, in the order in which they are wanted.
     order: Vec<ChunkRef>,
+    /// Of those chunks.
+    bytes: ByteSize,
 }
 
 /// Why files can't be loaded as they are described.
@@ -178,7 +182,54 @@ impl CheckpointFiles {
         }
         (chunk_bytes, &order).hash(&mut hasher);
         let key = ModelKey { name, identity: hasher.finish() };
-        Ok(Self { inner: Arc::new(Inner { key, files, trust, chunk_bytes, order }) })
+        Ok(Self::of(key, files, trust, chunk_bytes, order))
+    }
+
+    /// Only the chunks that hold a byte of these ranges, in the same order. A hash of a whole file says nothing about a part
+    /// of it, so none is known of the result.
+    #[must_use]
+    pub fn part(&self, ranges: impl IntoIterator<Item = FileRange>) -> Self {
+        let mut wanted = HashSet::new();
+        for FileRange { file, offset, len } in ranges {
+            // Bounded by the file, not by what the range says.
+            let end = self.inner.files.get(file as usize).map_or(0, |file| file.identity.len);
+            let last = offset.saturating_add(len).min(end).div_ceil(self.inner.chunk_bytes);
+            let first = offset / self.inner.chunk_bytes;
+            let chunks = if len == 0 { 0..0 } else { first..last };
+            wanted.extend(
+                chunks.filter_map(|index| Some(ChunkRef { file, index: u32::try_from(index).ok()? })),
+            );
+        }
+        let Inner { key, files, trust, chunk_bytes, order, bytes: _ } = &*self.inner;
+        let order: Vec<_> = order.iter().copied().filter(|chunk| wanted.contains(chunk)).collect();
+        let mut files = files.clone();
+        files.iter_mut().for_each(|file| file.sha256 = None);
+        let trust = if *trust == Trust::File { Trust::None } else { *trust };
+        let mut hasher = DefaultHasher::new();
+        (key.identity, &order).hash(&mut hasher);
+        let key = ModelKey { name: key.name.clone(), identity: hasher.finish() };
+        Self::of(key, files, trust, *chunk_bytes, order)
+    }
+
+    fn of(
+        key: ModelKey,
+        files: Vec<SourceFile>,
+        trust: Trust,
+        chunk_bytes: u64,
+        order: Vec<ChunkRef>,
+    ) -> Self {
+        let len = |chunk: &ChunkRef| {
+            let begin = u64::from(chunk.index) * chunk_bytes;
+            (files[chunk.file as usize].identity.len - begin).min(chunk_bytes)
+        };
+        let bytes = ByteSize(order.iter().map(len).sum());
+        Self { inner: Arc::new(Inner { key, files, trust, chunk_bytes, order, bytes }) }
+    }
+
+    /// Whether every chunk of the files is among its own.
+    pub(crate) fn is_whole(&self) -> bool {
+        let chunks = |file: &SourceFile| file.identity.len.div_ceil(self.inner.chunk_bytes);
+        self.inner.files.iter().map(chunks).sum::<u64>() == self.inner.order.len() as u64
     }
 
     /// Which version of which model.
@@ -218,10 +269,10 @@ impl CheckpointFiles {
         &self.inner.order
     }
 
-    /// Bytes of all files.
+    /// Bytes of all its chunks.
     #[must_use]
     pub fn bytes(&self) -> ByteSize {
-        self.inner.files.iter().map(|file| ByteSize(file.identity.len)).sum()
+        self.inner.bytes
     }
 
     /// Bytes that its chunks take in the pool.
@@ -347,6 +398,25 @@ mod tests {
         let order: Vec<_> = model.order().iter().map(|c| (c.file, c.index)).collect();
         assert_eq!(order, [(1, 0), (1, 1), (0, 2), (0, 0), (0, 1)]);
         assert_eq!(model.files()[1].path, Path::new("/models/m/b"));
+    }
+
+    #[test]
+    fn a_part_has_its_own_chunks_and_key() {
+        let whole = files(vec![file(25, 3), file(40, 0)], vec![(1, 3)]).unwrap();
+        let range = |file, offset, len| FileRange { file, offset, len };
+        let part = whole.part([
+            range(0, 19, 2),
+            range(1, 30, 1),
+            range(0, 3, 0),
+            range(7, 0, 1),
+            range(1, 39, u64::MAX),
+        ]);
+        let order: Vec<_> = part.order().iter().map(|c| (c.file, c.index)).collect();
+        assert_eq!(order, [(1, 3), (0, 1), (0, 2)]);
+        assert_eq!((part.bytes(), whole.bytes()), (ByteSize(25), ByteSize(65)));
+        assert!(!part.is_whole() && whole.is_whole());
+        assert_ne!(part.key(), whole.key());
+        assert_eq!(part.sum(ChunkRef { file: 0, index: 2 }), Some(ChunkSum(1)));
     }
 
     #[test]

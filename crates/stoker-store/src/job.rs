@@ -388,6 +388,7 @@ impl Job {
         let model = cache.model(self.files.key());
         let unknown_before =
             self.files.files().iter().any(|file| file.chunk_sums.is_empty() && file.identity.len > 0);
+        let unknown_before = unknown_before && self.files.is_whole();
         let learned = model.filter(|_| unknown_before).and_then(|model| model.all_sums());
         let Tally { started, opened, bytes_read, bytes_resident, read_time, sum_time, reread, evicted } =
             self.tally;

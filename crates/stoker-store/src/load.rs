@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use stoker_io::Chunk;
 use stoker_types::{ByteSize, Tier, TierBytes, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -82,6 +83,14 @@ impl Loading {
     #[must_use]
     pub fn watermark(&self) -> Watermark {
         Watermark { progress: self.progress.clone(), total: self.hold.files.bytes() }
+    }
+
+    /// Where the chunk at a place of the order lies in the pool, if it is there. It stays while this or what comes of it
+    /// lives, or the load fails.
+    #[must_use]
+    pub fn slot(&self, position: usize) -> Option<u32> {
+        let state = self.hold.shared.lock();
+        state.cache.model(self.hold.files.key())?.chunk(position).map(Chunk::slot)
     }
 
     /// Waits until everything is there, or `cancel` is. Dropping the future cancels too.

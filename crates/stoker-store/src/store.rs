@@ -299,6 +299,13 @@ impl Store {
         self.shared.pool.resident()
     }
 
+    /// The memory itself, which stays for as long as a handle of it does: for a store that is opened for one load, whose
+    /// chunks outlive it.
+    #[must_use]
+    pub fn pool(&self) -> ChunkPool {
+        self.shared.pool.clone()
+    }
+
     /// A read-only descriptor of the pool, for a worker.
     ///
     /// # Errors
