@@ -5,6 +5,8 @@
 //! next model. A start brings the weights into the pool and takes a worker at the same time; then the worker maps the
 //! chunks. Tokens don't pass here: they go from the worker's socket to the gateway.
 //!
+//! Programs of the same user may map models out of the pool, too ([`ClientSocket`]): their holds are like an instance's.
+//!
 //! Before each start the budgets are reconciled with what the machine has (`memory`), and under memory pressure some of
 //! the cache is given back.
 //!
@@ -16,6 +18,7 @@
 //! `stoker_node_load_seconds{phase}`, `stoker_node_keeper_restarts_total`.
 
 mod adopt;
+mod clients;
 mod config;
 mod fleet;
 pub mod keeper;
@@ -27,6 +30,7 @@ mod spawn;
 mod worker;
 
 pub use adopt::open_store;
+pub use clients::ClientSocket;
 pub use config::{Catalog, CatalogEntry, NodeConfig, NodeError, Watchdog, WorkerConfig};
 pub use keeper::{Keeper, KeeperConfig, KeeperError};
 pub use memory::{MemoryConfig, MemoryProbe, MemoryReading, PressureError, PressureTrigger, SystemMemory};

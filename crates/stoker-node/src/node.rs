@@ -6,8 +6,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use stoker_checkpoint::Manifest;
 use stoker_proto::control::{FileSlots, Load};
-use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store};
+use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store, Watermark};
 use stoker_types::{
     ByteSize, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Period, Phase,
     StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
@@ -18,6 +19,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     Catalog, CatalogEntry, Keeper, NodeConfig, NodeError, RuntimeDir, WorkerConfig,
+    clients::Shared,
     fleet::{self, Fleet, Lease, NoWorker, WorkerView},
     lodging::{Instances, Tenancy},
     memory::{self, Memory, MemoryConfig, PressureTrigger},
@@ -138,8 +140,10 @@ impl Node {
             let free = (room.kv.effective + kv_bytes).saturating_sub(reserved);
             return Err(self.out_of_memory(&model, kv_bytes, free, "for its KV cache".into()).await);
         }
-        let (lease, resident) =
-            tokio::try_join!(self.take_worker(&model), self.bring_in(&model, &files, Priority::Demand))?;
+        let (lease, resident) = tokio::try_join!(
+            self.take_worker(&model),
+            self.bring_in(&model, &files, Priority::Demand, drop)
+        )?;
 
         let report = resident.report().clone();
         let load = Load {
@@ -203,8 +207,30 @@ impl Node {
     pub async fn preload(&self, model: &ModelName) -> Result<(), StartFailure> {
         let (prepared, _) = tokio::join!(self.prepare(model), self.find_room(model));
         let Prepared { files, .. } = prepared?;
-        self.bring_in(model, &files, Priority::Prefetch).await?;
+        self.bring_in(model, &files, Priority::Prefetch, drop).await?;
         Ok(())
+    }
+
+    /// Brings a model into memory for somebody else's process. `begun` gets to see how far that is. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`StartFailure`].
+    pub(crate) async fn share(
+        &self,
+        model: &ModelName,
+        begun: impl FnOnce(Watermark),
+    ) -> Result<Shared, StartFailure> {
+        // A program may know what to do with weights that the engine can't run.
+        let prepared = self.on_catalog(model, Prepared::to_share);
+        let (prepared, _) = tokio::join!(prepared, self.find_room(model));
+        let Prepared { files, manifest_json } = prepared?;
+        let resident = self.bring_in(model, &files, Priority::Demand, begun).await?;
+        Ok(Shared { manifest_json, chunk_bytes: self.inner.store.chunk_bytes(), resident })
+    }
+
+    /// A read-only descriptor of the pool.
+    pub(crate) fn pool(&self) -> std::io::Result<std::os::fd::OwnedFd> {
+        self.inner.store.pool_fd()
     }
 
     /// Drops what of a model is in memory and not in use, and gives the memory back to the operating system.
@@ -272,8 +298,16 @@ impl Node {
 
     /// What a start needs of the catalog. On a thread that may block: a manifest may have to be read.
     async fn prepare(&self, model: &ModelName) -> Result<Prepared, StartFailure> {
+        self.on_catalog(model, Prepared::new).await
+    }
+
+    async fn on_catalog(
+        &self,
+        model: &ModelName,
+        prepare: fn(&dyn Catalog, &ModelName) -> Result<Prepared, StartFailure>,
+    ) -> Result<Prepared, StartFailure> {
         let (catalog, name) = (Arc::clone(&self.inner.catalog), model.clone());
-        let prepared = tokio::task::spawn_blocking(move || Prepared::new(&*catalog, &name)).await;
+        let prepared = tokio::task::spawn_blocking(move || prepare(&*catalog, &name)).await;
         prepared.unwrap_or_else(|_| Err(StartFailure::Cancelled { model: model.clone() }))
     }
 
@@ -317,9 +351,16 @@ impl Node {
         model: &ModelName,
         files: &CheckpointFiles,
         priority: Priority,
+        begun: impl FnOnce(Watermark),
     ) -> Result<Resident, StartFailure> {
-        // Cancelled by dropping this future.
-        let loaded = self.inner.store.load(files, priority, &CancellationToken::new()).await;
+        let loaded = match self.inner.store.begin(files, priority) {
+            Ok(loading) => {
+                begun(loading.watermark());
+                // Cancelled by dropping this future.
+                loading.wait(&CancellationToken::new()).await
+            }
+            Err(error) => Err(error),
+        };
         let resident = match loaded {
             Ok(resident) => resident,
             Err(LoadError::OutOfBudget { needed, free, mapped, budget, .. }) => {
@@ -360,7 +401,20 @@ impl Prepared {
             (Some(why), _) => return Err(not_runnable(why.clone())),
             (None, None) => return Err(not_runnable("it has no configuration".into())),
         }
-        let files = CheckpointFiles::from_manifest(model.clone(), &dir, &manifest)
+        Self::of_manifest(model, &dir, manifest)
+    }
+
+    /// As [`Self::new`], whether the engine can run it or not; with the files' absolute paths.
+    fn to_share(catalog: &dyn Catalog, model: &ModelName) -> Result<Self, StartFailure> {
+        let CatalogEntry { dir, manifest } = catalog.lookup(model)?;
+        let mut absolute = Arc::unwrap_or_clone(manifest);
+        absolute.files.iter_mut().for_each(|file| file.path = dir.join(&file.path));
+        Self::of_manifest(model, &dir, Arc::new(absolute))
+    }
+
+    fn of_manifest(model: &ModelName, dir: &Path, manifest: Arc<Manifest>) -> Result<Self, StartFailure> {
+        let not_runnable = |why| StartFailure::NotRunnable { model: model.clone(), why };
+        let files = CheckpointFiles::from_manifest(model.clone(), dir, &manifest)
             .map_err(|e| not_runnable(e.to_string()))?;
         // The worker gets bytes that have been checked: the sums, most of a large manifest, are of no use to it.
         let mut manifest = Arc::unwrap_or_clone(manifest);

@@ -54,6 +54,11 @@ impl Dirs {
         self.runtime.join("keeper.sock")
     }
 
+    /// The socket for programs that use the node's memory; the Python package looks for it by this name.
+    pub(crate) fn clients_socket(&self) -> PathBuf {
+        self.runtime.join("clients.sock")
+    }
+
     /// Makes the runtime directory, for this user alone.
     ///
     /// # Errors

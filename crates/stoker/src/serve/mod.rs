@@ -11,7 +11,9 @@ use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use stoker_controller::{Budgets, ControllerHandle};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
-use stoker_node::{MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig};
+use stoker_node::{
+    ClientSocket, MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig,
+};
 use stoker_types::ByteSize;
 use tokio::{
     net::TcpListener,
@@ -40,6 +42,7 @@ pub(crate) struct Server {
     grace: Duration,
     gateway: JoinHandle<std::io::Result<()>>,
     admin: admin::AdminServer,
+    clients: ClientSocket,
     exporter: Option<traces::Exporter>,
 }
 
@@ -120,6 +123,9 @@ impl Server {
                 wait_max: Duration::from_secs(config.wait_s.value),
             },
         )?;
+        let clients_socket = config.dirs.clients_socket();
+        let clients = ClientSocket::listen(&clients_socket, node.clone())
+            .with_context(|| format!("clients' socket {}", clients_socket.display()))?;
         let grace = Duration::from_secs(config.shutdown_grace_s.value);
         let keys = &config.api_keys.value;
         let gateway_config = GatewayConfig {
@@ -146,7 +152,7 @@ impl Server {
             admin = %config.dirs.admin_socket().display(),
             "listening"
         );
-        Ok(Self { address, shutdown, controller, node, dram, kv, grace, gateway, admin, exporter })
+        Ok(Self { address, shutdown, controller, node, dram, kv, grace, gateway, admin, clients, exporter })
     }
 
     /// Where the API listens.
@@ -197,7 +203,7 @@ impl Server {
     /// # Errors
     /// When the listener failed.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
-        let Self { shutdown, controller, node, grace, gateway, admin, exporter, .. } = self;
+        let Self { shutdown, controller, node, grace, gateway, admin, clients, exporter, .. } = self;
         shutdown.drain.cancel();
         let draining = async {
             tokio::select! {
@@ -213,6 +219,7 @@ impl Server {
             );
         }
         admin.stop().await;
+        clients.stop().await;
         // What could finish has finished: workers have no stream that anybody reads.
         node.shutdown(WORKERS_END).await;
         if let Some(exporter) = exporter {
