@@ -53,6 +53,8 @@ pub(crate) async fn hold(
     };
     let connect = blocking(move || {
         let connected = Blocking::connect(&path).and_then(|stream| {
+            // A node that hangs holds no thread of ours for ever.
+            stream.set_read_timeout(Some(settings::NODE_ANSWERS))?;
             let pool = share::receive_pool(&stream)?;
             stream.set_nonblocking(true)?;
             Ok((stream, pool))

@@ -23,6 +23,9 @@ pub(crate) const NODE_COPIES: usize = 8;
 /// Bytes of such a piece.
 pub(crate) const NODE_PIECE: u64 = 16 << 20;
 
+/// How long a node may take to greet a program.
+pub(crate) const NODE_ANSWERS: Duration = Duration::from_secs(10);
+
 /// Threads that read and check. Measured: with a reader on every core, whoever queues copies waits for one; 16 readers on 16
 /// cores are slower than 14.
 pub(crate) fn read_threads() -> usize {
