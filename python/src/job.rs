@@ -25,6 +25,8 @@ pub(crate) struct Order {
     pub(crate) place: Place,
     /// Only these tensors.
     pub(crate) names: Option<Vec<String>>,
+    /// Only this rank's part of as many: rank, and how many there are.
+    pub(crate) shard: Option<(u32, u32)>,
 }
 
 /// Where the bytes are.
@@ -122,9 +124,22 @@ impl Shared {
     }
 
     async fn load(&self, engine: &Arc<Engine>, order: Order) -> Result<(), Error> {
-        let Order { from, place, names } = order;
+        let Order { from, place, names, shard } = order;
         let opening = Arc::clone(engine);
-        let (checkpoint, hold) = match from {
+        let (mut checkpoint, hold) = match from {
+            _ if shard.is_some() && place == Place::Host => {
+                let words =
+                    "shard= is for devices; in host memory, load the names that you need and take views";
+                return Err(Error::NotSupported(words.to_owned()));
+            }
+            From::Node { .. } if shard.is_some() => {
+                let words = "a node's memory can't be loaded in parts yet: give shard= the model's path";
+                return Err(Error::NotSupported(words.to_owned()));
+            }
+            From::Files(paths) if let Some(shard) = shard => {
+                let names = names.clone();
+                (blocking(move || Checkpoint::open_shard(&paths, names.as_deref(), shard)).await?, None)
+            }
             From::Files(paths) => (blocking(move || Checkpoint::open(&paths)).await?, None),
             From::Node { socket, model } => {
                 let report = |arrived, total| {
@@ -135,7 +150,6 @@ impl Shared {
                 (checkpoint, Some(hold))
             }
         };
-        let mut checkpoint = checkpoint;
         if let Some(names) = &names {
             checkpoint.keep(names)?;
         }
@@ -192,10 +206,11 @@ impl Shared {
         target: &Arc<Target>,
         thresholds: impl FnOnce(&[Tensor]) -> Vec<u64>,
     ) -> Result<(Slab, Arc<Layout>), Error> {
-        let layout = Arc::new(Layout::new(checkpoint.tensors.iter().map(|tensor| tensor.range)));
+        let wanted: Vec<_> = checkpoint.tensors.iter().map(Tensor::wanted).collect();
+        let layout = Arc::new(Layout::of_parts(&wanted));
         let (device, bytes) = (Arc::clone(&target.device), layout.bytes());
         let slab = blocking(move || Ok(device.allocate(bytes, settings::GRANULE)?)).await?;
-        let part = |(tensor, at): (&Tensor, &u64)| Ok(Some(slab.part(*at, tensor.range.len)?));
+        let part = |(tensor, at): (&Tensor, &u64)| Ok(Some(slab.part(*at, tensor.bytes())?));
         let parts =
             checkpoint.tensors.iter().zip(layout.tensors()).map(part).collect::<Result<_, Error>>()?;
         *self.tensors.lock() = Some(Tensors {

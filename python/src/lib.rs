@@ -87,7 +87,7 @@ fn close_devices(py: Python<'_>) -> PyResult<()> {
 impl Load {
     /// Begins: of files, or of a node's model.
     #[new]
-    #[pyo3(signature = (paths, device, names=None, socket=None, model=None))]
+    #[pyo3(signature = (paths, device, names=None, socket=None, model=None, shard=None))]
     fn new(
         py: Python<'_>,
         paths: Vec<PathBuf>,
@@ -95,6 +95,7 @@ impl Load {
         names: Option<Vec<String>>,
         socket: Option<PathBuf>,
         model: Option<String>,
+        shard: Option<(u32, u32)>,
     ) -> PyResult<Self> {
         let place = Place::parse(device).map_err(|error| error.into_py(py))?;
         let from = match (socket, model) {
@@ -104,7 +105,7 @@ impl Load {
         let engine = Engine::get().map_err(|error| error.into_py(py))?;
         let shared = Arc::new(Shared::new());
         let progress = shared.progress.subscribe();
-        let order = Order { from, place, names };
+        let order = Order { from, place, names, shard };
         engine.handle().spawn(Arc::clone(&shared).run(Arc::clone(&engine), order));
         Ok(Self { engine, shared, progress })
     }

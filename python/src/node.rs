@@ -161,7 +161,7 @@ pub(crate) async fn copy_to_device(
                 at: usize::try_from(tensor.range.offset + done).map_err(|_| outside())?,
                 len: usize::try_from(len).map_err(|_| outside())?,
             };
-            let cut = Cut { from: 0, len: piece.len, to: to + done };
+            let cut = Cut::range(0, piece.len, to + done);
             let (sender, end) = oneshot::channel();
             target.device.copy(Transfer {
                 from: Box::new(piece),

@@ -11,7 +11,7 @@ use std::{
 use stoker_checkpoint::{
     CheckpointError, FileIdentity, Manifest, Source, Trust, identity_of, manifest, safetensors,
 };
-use stoker_store::{CheckpointFiles, FileRange, SourceFile};
+use stoker_store::{CheckpointFiles, FileRange, Shard, SliceError, SourceFile, TensorPart};
 use stoker_types::{DType, ModelName};
 
 use crate::error::Error;
@@ -32,8 +32,12 @@ pub(crate) struct Checkpoint {
 pub(crate) struct Tensor {
     pub(crate) name: String,
     pub(crate) dtype: DType,
+    /// Of what is wanted of it.
     pub(crate) shape: Vec<u64>,
+    /// All of it, in its file.
     pub(crate) range: FileRange,
+    /// What is wanted of it; `None`: all.
+    pub(crate) part: Option<TensorPart>,
 }
 
 // === impl Checkpoint ===
@@ -54,6 +58,37 @@ impl Checkpoint {
                 tensor: twice.name.clone(),
             }
             .into());
+        }
+        Ok(all)
+    }
+
+    /// One device's part of a model that is split over several. What its configuration says decides how tensors are cut.
+    pub(crate) fn open_shard(
+        paths: &[PathBuf],
+        names: Option<&[String]>,
+        (rank, world): (u32, u32),
+    ) -> Result<Self, Error> {
+        let [path] = paths else {
+            let words = "shard= needs a model's folder, whose configuration says how it is split";
+            return Err(Error::NotSupported(words.to_owned()));
+        };
+        let mut manifest = match Manifest::read(path) {
+            Ok(manifest) if manifest.changed_files(path).is_empty() => manifest,
+            _ => stoker_checkpoint::index(path, Source { uri: path.display().to_string(), revision: None })?,
+        };
+        if let Some(names) = names {
+            let mut all = Self::of_manifest(path, &manifest);
+            all.keep(names)?;
+            let kept: HashSet<&str> = all.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+            manifest.tensors.retain(|tensor| kept.contains(tensor.name.as_str()));
+        }
+        let cannot = |error: SliceError| Error::NotSupported(error.to_string());
+        let shard = Shard::new(rank, world).map_err(cannot)?;
+        let parts = shard.of_manifest(&manifest).map_err(cannot)?;
+        let mut all = Self::of_manifest(path, &manifest);
+        for (tensor, part) in all.tensors.iter_mut().zip(parts) {
+            tensor.shape.clone_from(&part.shape);
+            tensor.part = Some(part);
         }
         Ok(all)
     }
@@ -89,7 +124,7 @@ impl Checkpoint {
             files.iter_mut().for_each(|file| file.chunk_sums.clear());
         }
         let whole = CheckpointFiles::new(name, files, Trust::None, chunk_bytes, [])?;
-        Ok(whole.part(self.tensors.iter().map(|tensor| tensor.range)))
+        Ok(whole.part(self.tensors.iter().map(Tensor::touched)))
     }
 
     fn add_folder(&mut self, dir: &Path) -> Result<(), Error> {
@@ -171,6 +206,7 @@ impl Checkpoint {
             dtype: t.dtype,
             shape: t.shape,
             range: FileRange { file, offset: t.offset, len: t.len },
+            part: None,
         }));
         Ok(())
     }
@@ -207,6 +243,7 @@ impl Checkpoint {
             dtype: t.dtype,
             shape: t.shape.clone(),
             range: FileRange { file: first + t.file, offset: t.offset, len: t.len },
+            part: None,
         }));
     }
 
@@ -214,6 +251,47 @@ impl Checkpoint {
     fn push(&mut self, path: PathBuf, identity: FileIdentity) -> u32 {
         self.files.push(SourceFile { path, identity, chunk_sums: Vec::new(), sha256: None });
         u32::try_from(self.files.len() - 1).unwrap_or(u32::MAX)
+    }
+}
+
+// === impl Tensor ===
+
+impl Tensor {
+    /// Bytes of the file from the first to the last that is wanted.
+    fn touched(&self) -> FileRange {
+        let Some(part) = &self.part else { return self.range };
+        let mut runs = part.runs();
+        let first = runs.next();
+        let last = runs.last().or(first);
+        match (first, last) {
+            (Some((begin, _)), Some((end, len))) => {
+                FileRange { offset: begin, len: end + len - begin, ..self.range }
+            }
+            _ => FileRange { len: 0, ..self.range },
+        }
+    }
+
+    /// Bytes that are wanted.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.part.as_ref().map_or(self.range.len, TensorPart::bytes)
+    }
+
+    /// What is wanted, for a layout.
+    pub(crate) fn wanted(&self) -> TensorPart {
+        let FileRange { file, offset, len } = self.range;
+        let whole = || {
+            let (name, dtype, shape) = (self.name.clone(), self.dtype, self.shape.clone());
+            TensorPart::whole(&stoker_checkpoint::Tensor {
+                name,
+                role: None,
+                dtype,
+                shape,
+                file,
+                offset,
+                len,
+            })
+        };
+        self.part.clone().unwrap_or_else(whole)
     }
 }
 
@@ -228,7 +306,7 @@ pub(crate) fn thresholds(files: &CheckpointFiles, tensors: &[Tensor]) -> Vec<u64
         at.insert((chunk.file, u64::from(chunk.index)), reached);
     }
     let threshold = |tensor: &Tensor| {
-        let FileRange { file, offset, len } = tensor.range;
+        let FileRange { file, offset, len } = tensor.touched();
         let chunks = offset / files.chunk_bytes()..(offset + len).div_ceil(files.chunk_bytes());
         let chunks = if len == 0 { 0..0 } else { chunks };
         chunks.filter_map(|index| at.get(&(file, index))).copied().max().unwrap_or(0)

@@ -41,7 +41,9 @@ def load(
 
     `device`: `"cuda:N"` or `"cpu"`. `names`: only these tensors; nothing else is read. `dtype`: floating-point tensors are
     converted to it, others are kept. `progress`: called with (bytes arrived, bytes in all) while it loads; what it raises
-    cancels the load. `shard`, `shared`: not possible yet.
+    cancels the load. `shard`: (rank, how many): that rank's part of a model that is split evenly over several devices as in
+    Megatron-LM, cut from the same files as they are read; for models whose configuration Stoker knows. `shared`: not
+    possible yet.
 
     With PyTorch installed the values are `torch.Tensor`s, else `stoker.Tensor`s, which NumPy and others import without a
     copy. Each owns its memory: device memory goes back in pieces of at most 64 MiB, with the last tensor in it.
@@ -93,7 +95,9 @@ class _Wanted:
         node: Path | None,
     ) -> None:
         if shard is not None:
-            raise NotSupportedError("slices for tensor parallelism are not there yet: load all of it, and take parts")
+            rank, world = shard
+            if not 0 <= rank < world:
+                raise ValueError(f"shard={shard}: ranks go from 0 to one less than how many there are")
         if shared:
             raise NotSupportedError(
                 "sharing a node's copy on a device needs a node that serves from one, which none does yet; "
@@ -105,9 +109,10 @@ class _Wanted:
         self.device = _device(device)
         self.names = None if names is None else list(names)
         self.dtype = dtype
+        self.shard = shard
 
     def begin(self) -> _native.Load:
-        return _native.Load(self.paths, self.device, self.names, self.socket, self.model)
+        return _native.Load(self.paths, self.device, self.names, self.socket, self.model, self.shard)
 
     def load(self, progress: Callable[[int, int], object] | None) -> dict[str, Loaded]:
         running = self.begin()

@@ -86,8 +86,12 @@ def test_arguments_that_mean_nothing(every_type):
     for device in ("tpu", "cuda:x", "cpu:1", "meta"):
         with pytest.raises(stoker.NotSupportedError):
             stoker.load(path, device)
-    with pytest.raises(stoker.NotSupportedError, match="tensor parallelism"):
+    with pytest.raises(stoker.NotSupportedError, match="shard= is for devices"):
         stoker.load(path, "cpu", shard=(0, 2))
+    with pytest.raises(ValueError, match="ranks go from 0"):
+        stoker.load(path, "simulated", shard=(2, 2))
+    with pytest.raises(stoker.NotFoundError, match="config.json"):
+        stoker.load(path.parent, "simulated", shard=(0, 2))
     with pytest.raises(stoker.NotSupportedError, match="sharing"):
         stoker.load(path, "cpu", shared=True)
     with pytest.raises(TypeError):
@@ -209,5 +213,5 @@ def test_a_file_that_changes_meanwhile(tmp_path):
     def touch(arrived, total):
         os.utime(path, (1, 1))
 
-    with pytest.raises((stoker.ChangedError)):
+    with pytest.raises(stoker.ChangedError):
         stoker.load(path, "simulated", progress=touch)

@@ -33,10 +33,10 @@ def test_a_child_reads_what_it_inherited_and_frees_nothing_of_its_parents(large,
     loaded = stoker.load(folder, device)
 
     def work():
-        for name in list(loaded):
-            assert bytes_of(loaded[name]) == tensors[name][2]
-            loaded[name].view("uint8" if loaded[name].dtype == "uint8" else "uint16" if "16" in loaded[name].dtype else "uint32").numpy()[:] = 0
-            del loaded[name]
+        for name in tuple(loaded):
+            tensor = loaded.pop(name)
+            assert bytes_of(tensor) == tensors[name][2]
+            tensor.view("uint16" if tensor.dtype == "bfloat16" else "uint32").numpy()[:] = 0
 
     assert in_child(work) == ""
     assert all(bytes_of(loaded[name]) == data for name, (_, _, data) in tensors.items())
@@ -84,5 +84,5 @@ def test_a_load_is_not_its_childs(large):
 
     assert in_child(work) == ""
     assert len(list(running)) == len(large[1]) - 1
-    del running
+    running.close()
     assert in_tensors() == before

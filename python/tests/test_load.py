@@ -1,6 +1,8 @@
 """What a load returns, and when its memory goes. Host memory stands for a device's in `simulated`: everything but the
 driver is as with a GPU."""
 
+import json
+import math
 import os
 import threading
 
@@ -117,6 +119,52 @@ def test_tensors_land_one_by_one(large, device):
         seen.append(name)
     # In the order of the files.
     assert seen == list(tensors)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A Llama of one layer."""
+    config = json.loads((conftest.ROOT / "tests/data/tiny-llama/config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "tie_word_embeddings": False}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (128, 64),
+        layer + "input_layernorm.weight": (64,),
+        layer + "self_attn.q_proj.weight": (64, 64),
+        layer + "self_attn.k_proj.weight": (32, 64),
+        layer + "self_attn.v_proj.weight": (32, 64),
+        layer + "self_attn.o_proj.weight": (64, 64),
+        layer + "post_attention_layernorm.weight": (64,),
+        layer + "mlp.gate_proj.weight": (96, 64),
+        layer + "mlp.up_proj.weight": (96, 64),
+        layer + "mlp.down_proj.weight": (64, 96),
+        "model.norm.weight": (64,),
+        "lm_head.weight": (128, 64),
+    }
+    tensors = {n: ("F32", s, conftest.noise(i, 4 * math.prod(s))) for i, (n, s) in enumerate(shapes.items())}
+    save(tmp_path / "model.safetensors", tensors)
+    return tmp_path
+
+
+def test_ranks_have_their_parts(llama):
+    whole = stoker.load(llama, "cpu")
+    ranks = [stoker.load(llama, "simulated", shard=(rank, 2)) for rank in range(2)]
+    cut = {"embed": 0, "lm_head": 0, "q_proj": 0, "k_proj": 0, "v_proj": 0, "gate": 0, "up": 0, "o_proj": 1, "down": 1}
+    for name, tensor in whole.items():
+        parts = [rank[name].view("uint32").numpy() for rank in ranks]
+        all_of_it = tensor.view("uint32").numpy()
+        dims = [dim for part, dim in cut.items() if part in name.removeprefix("model.")]
+        if dims:
+            assert numpy.array_equal(numpy.concatenate(parts, axis=dims[0]), all_of_it), name
+        else:
+            assert "norm" in name and all(numpy.array_equal(part, all_of_it) for part in parts)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    (only,) = stoker.load(llama, "simulated", shard=(1, 2), names=[name]).values()
+    assert only.shape == (64, 32) and bytes_of(only.view("uint32")) == bytes_of(ranks[1][name].view("uint32"))
+    with pytest.raises(stoker.NotSupportedError, match="share evenly"):
+        stoker.load(llama, "simulated", shard=(0, 3))
 
 
 def test_device_memory_goes_with_the_last_tensor_in_it(large):

@@ -448,7 +448,7 @@ mod tests {
         let none = slab.part(5 * page, 0).unwrap();
         let beyond = slab.part(8 * page - 1, 2).unwrap_err();
         assert!(matches!(beyond, DeviceError::OutOfRange { what: "slab", .. }), "{beyond}");
-        copy(&device, vec![7; 100], &slab, vec![Cut { from: 0, len: 100, to: 0 }]).unwrap();
+        copy(&device, vec![7; 100], &slab, vec![Cut::range(0, 100, 0)]).unwrap();
         assert_eq!((used(), across.address()), (8, slab.address() + 2 * page - 1));
         drop(slab);
         assert_eq!(used(), 4, "what no part lies in is gone");

@@ -212,7 +212,7 @@ fn memory_goes_back_granule_by_granule() {
     let slab = device.allocate(ByteSize::mib(16), granule).unwrap();
     let pinned = Pinned::new(&device, 6 << 20, 3);
     // Over a border between granules.
-    let cut = Cut { from: 0, len: pinned.len, to: 3 << 20 };
+    let cut = Cut::range(0, pinned.len, 3 << 20);
     copy(&device, Shared(Arc::clone(&pinned)), &slab, vec![cut]).unwrap();
     let mut back = vec![0; pinned.len];
     device.read(&slab, 3 << 20, &mut back).unwrap();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use stoker_checkpoint::Manifest;
+use stoker_checkpoint::{Manifest, Trust};
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store, Watermark};
 use stoker_types::{
@@ -416,9 +416,10 @@ impl Prepared {
         let not_runnable = |why| StartFailure::NotRunnable { model: model.clone(), why };
         let files = CheckpointFiles::from_manifest(model.clone(), dir, &manifest)
             .map_err(|e| not_runnable(e.to_string()))?;
-        // The worker gets bytes that have been checked: the sums, most of a large manifest, are of no use to it.
+        // Workers and clients get bytes that have been checked: the sums, most of a large manifest, are of no use to them.
         let mut manifest = Arc::unwrap_or_clone(manifest);
         manifest.files.iter_mut().for_each(|file| file.chunk_sums.clear());
+        manifest.trust = Trust::None;
         let manifest_json = serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
         Ok(Self { files, manifest_json })
     }

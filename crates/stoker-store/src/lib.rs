@@ -17,6 +17,52 @@
 //! - what the pool's ledger says of a slot is true: it is written when a chunk is in the cache and its model vouched for,
 //!   and emptied before the slot is anybody else's. A store that takes the pool over ([`Store::adopt`]) checks every sum.
 //!
+//! Into memory, then on to a device:
+//!
+//! ```
+//! use std::{path::Path, sync::Arc};
+//!
+//! use stoker_checkpoint::{Source, index};
+//! use stoker_device::{Device, SimulatedDevice, SimulatedOptions};
+//! use stoker_store::{CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Store, StoreConfig};
+//! use stoker_types::{ByteSize, ModelName};
+//! use tokio_util::sync::CancellationToken;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/tiny-llama");
+//! // Headers only.
+//! let manifest = index(&path, Source { uri: "a folder".into(), revision: None })?;
+//! let files = CheckpointFiles::from_manifest(ModelName::new("tiny")?, &path, &manifest)?;
+//!
+//! let store = Store::open(StoreConfig::new(ByteSize::mib(64)))?;
+//! let cancel = CancellationToken::new();
+//! let resident = store.load(&files, Priority::Demand, &cancel).await?;
+//! assert_eq!(resident.files().len(), manifest.files.len());
+//! // Its chunks may be evicted from here on.
+//! drop(resident);
+//!
+//! // A GPU would be `CudaDevice::open(0, &CudaOptions::default())?`.
+//! let device: Arc<dyn Device> = Arc::new(SimulatedDevice::new(&SimulatedOptions::default())?);
+//! store.attach(&*device, ByteSize::ZERO);
+//! let layout = Arc::new(Layout::of_manifest(&manifest));
+//! let slab = device.allocate(layout.bytes(), ByteSize::mib(64))?;
+//! let target = DeviceTarget { device: Arc::clone(&device), slab: slab.clone(), layout: Arc::clone(&layout) };
+//! let delivering = store.deliver(&files, target, Keep::All, Priority::Demand)?;
+//! let mut arrived = delivering.arrived();
+//! arrived.wait_for(|bytes| *bytes > 0).await?;
+//! let delivered = delivering.wait(&cancel).await?;
+//! assert_eq!(delivered.copied, layout.bytes());
+//!
+//! // Each tensor by itself; device memory goes back with the last one in each granule.
+//! let (tensor, at) = (&manifest.tensors[0], layout.tensors()[0]);
+//! let part = slab.part(at, tensor.len)?;
+//! drop(slab);
+//! assert_eq!(part.bytes(), ByteSize(tensor.len));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Metrics: `stoker_store_{budget,used,mapped}_bytes`, `stoker_store_rate_bytes_per_second{tier}`,
 //! `stoker_store_read_bytes_total{tier,reader}`, `stoker_store_loads_total{kind,outcome}`, `stoker_store_load_seconds`,
 //! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`, `stoker_store_adopted_bytes_total`.

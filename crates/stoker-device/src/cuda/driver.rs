@@ -16,7 +16,7 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Every function that this crate calls. cudarc looks a function up when it is first called, and panics when there is
 /// none: so each is looked up before.
-const SYMBOLS: [&str; 43] = [
+const SYMBOLS: [&str; 44] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",

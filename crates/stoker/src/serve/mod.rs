@@ -11,9 +11,7 @@ use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use stoker_controller::{Budgets, ControllerHandle};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
-use stoker_node::{
-    ClientSocket, MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig,
-};
+use stoker_node::{ClientSocket, MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig};
 use stoker_types::ByteSize;
 use tokio::{
     net::TcpListener,
