@@ -317,7 +317,7 @@ impl Shared {
                 arriving.place(&hold.pool, index, *slot)?;
             }
         }
-        Ok(())
+        hold.check()
     }
 
     async fn node_to_device(

@@ -26,7 +26,7 @@ pub(crate) struct Hold {
     pub(crate) chunk_bytes: u64,
     pub(crate) files: Vec<FileSlots>,
     /// Its end is the hold's.
-    _connection: UnixStream,
+    connection: UnixStream,
 }
 
 /// Bytes of a held model on their way to a device.
@@ -97,10 +97,21 @@ pub(crate) async fn hold(
     if !same {
         return Err(failed("answer", &"its manifest and its memory contradict each other"));
     }
-    Ok((checkpoint, Arc::new(Hold { pool, chunk_bytes, files, _connection: stream })))
+    Ok((checkpoint, Arc::new(Hold { pool, chunk_bytes, files, connection: stream })))
 }
 
 impl Hold {
+    /// Whether the node has kept its promise until now: without the connection, it may have put other bytes there.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.connection, &mut [0_u8; 1], flags) {
+            Err(rustix::io::Errno::AGAIN) => Ok(()),
+            Ok(_) | Err(_) => Err(Error::Node {
+                message: "the node went away before its memory was copied; load it again".to_owned(),
+            }),
+        }
+    }
+
     /// The files, contiguous and read-only.
     pub(crate) fn map(&self) -> Result<Vec<MappedFile>, Error> {
         let map = |file: &FileSlots| MappedFile::map(&self.pool, file.len, self.chunk_bytes, &file.slots);
