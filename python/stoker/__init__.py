@@ -1,7 +1,7 @@
 """Model weights from files to device memory at the speed of the wire, checked on the way.
 
-    import stoker
-    weights = stoker.load("Llama-2-7b-hf", device="cuda:0")
+import stoker
+weights = stoker.load("Llama-2-7b-hf", device="cuda:0")
 """
 
 from ._load import iter_load, load

@@ -177,9 +177,7 @@ class _Tell:
             self.progress(arrived, total)
 
 
-def _source(
-    path_or_model: Path | Sequence[Path], node: Path | None
-) -> tuple[list[str], str | None, str | None]:
+def _source(path_or_model: Path | Sequence[Path], node: Path | None) -> tuple[list[str], str | None, str | None]:
     """Paths, or a node's socket and a model's name."""
     if isinstance(path_or_model, (str, os.PathLike)):
         given = os.fspath(path_or_model)
@@ -188,12 +186,16 @@ def _source(
         expanded = os.path.expanduser(given)
         if os.path.exists(expanded):
             return [expanded], None, None
-        is_path = not isinstance(path_or_model, str) or given.endswith(_WEIGHT_FILES) or given.startswith(("/", ".", "~"))
+        is_path = (
+            not isinstance(path_or_model, str) or given.endswith(_WEIGHT_FILES) or given.startswith(("/", ".", "~"))
+        )
         socket = socket_of(runtime_dir())
         if is_path:
             raise NotFoundError(f"no file or folder {given}", file=given)
         if not os.path.exists(socket):
-            raise NotFoundError(f"no file or folder {given}, and no node that could have a model of that name: {socket} isn't there")
+            raise NotFoundError(
+                f"no file or folder {given}, and no node that could have a model of that name: {socket} isn't there"
+            )
         return [], socket, given
     if node is not None:
         raise TypeError("a node's model has one name")

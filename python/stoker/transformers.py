@@ -62,7 +62,9 @@ def _class_of(transformers: Any, config: Any) -> Any:
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
         return mapping[type(config)]
-    raise NotFoundError(f"transformers has no class for {config.architectures or type(config).__name__}: give model_class=")
+    raise NotFoundError(
+        f"transformers has no class for {config.architectures or type(config).__name__}: give model_class="
+    )
 
 
 def _folder(name_or_path: str, hub: dict[str, Any]) -> str:

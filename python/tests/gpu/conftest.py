@@ -45,7 +45,8 @@ def large(tmp_path_factory):
     for shard in range(2):
         name = f"model-{shard + 1:05}-of-00002.safetensors"
         tensors = {
-            f"layer.{shard}.{i}": torch.randn(4096, 4096, generator=make, device=DEVICE).bfloat16().cpu() for i in range(18)
+            f"layer.{shard}.{i}": torch.randn(4096, 4096, generator=make, device=DEVICE).bfloat16().cpu()
+            for i in range(18)
         }
         tensors[f"norm.{shard}"] = torch.randn(4096, generator=make, device=DEVICE).cpu()
         save_file(tensors, folder / name)

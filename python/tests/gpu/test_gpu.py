@@ -1,6 +1,6 @@
 """On a GPU, beside safetensors and transformers. Run by hand on a machine that has one, with the wheel installed:
 
-    python -m pytest -p no:cacheprovider python/tests/gpu
+python -m pytest -p no:cacheprovider python/tests/gpu
 """
 
 import multiprocessing
