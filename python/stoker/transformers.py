@@ -6,7 +6,10 @@ parameters and types are what its own `from_pretrained` would give, and no weigh
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ._load import _device, load
@@ -44,14 +47,44 @@ def from_pretrained(
         config = transformers.AutoConfig.from_pretrained(folder, **remote)
     model_class = model_class or _class_of(transformers, config)
     state = load(folder, place)
-    model = model_class.from_pretrained(None, config=config, state_dict=state, device_map={"": place}, **kwargs)
+    with _no_warm_up():
+        model = model_class.from_pretrained(None, config=config, state_dict=state, device_map={"": place}, **kwargs)
     # What transformers reads from the folder besides weights.
     if model.can_generate() and "generation_config" not in kwargs:
-        try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        except OSError:
-            pass  # There is none: the configuration's own defaults, as there.
+        model.generation_config = _generation_config(transformers, model, folder)
     return model
+
+
+_WARM_UP = threading.Lock()
+
+
+@contextlib.contextmanager
+def _no_warm_up() -> Iterator[None]:
+    """Keeps transformers from allocating device memory of the model's size before it takes the weights over: they are there
+    already, so twice the memory would be needed. What it is good for is making later allocations faster."""
+    from transformers import modeling_utils
+
+    name = "caching_allocator_warmup"
+    with _WARM_UP:
+        warm_up = getattr(modeling_utils, name, None)
+        if warm_up is not None:
+            setattr(modeling_utils, name, lambda *_, **__: None)
+        try:
+            yield
+        finally:
+            if warm_up is not None:
+                setattr(modeling_utils, name, warm_up)
+
+
+def _generation_config(transformers: Any, model: Any, folder: str) -> Any:
+    read = transformers.GenerationConfig.from_pretrained
+    try:
+        return read(folder)
+    except OSError:
+        # There is no such file. What the configuration says of it is read by version 5 here, by version 4 before.
+        if not hasattr(model, "adjust_generation_fn"):
+            return model.generation_config
+        return read(folder, config_file_name="config.json", _from_model_config=True)
 
 
 def _class_of(transformers: Any, config: Any) -> Any:
