@@ -1,7 +1,7 @@
 //! The native part of the Python package `stoker`.
 //!
-//! A [`Load`] is a task on the process's own threads: the interpreter's lock is held only to begin it, to ask how far it is,
-//! and to take tensors. What comes out are [`Tensor`]s, which hand their memory over through DLPack capsules without a copy;
+//! A `Load` is a task on the process's own threads: the interpreter's lock is held only to begin it, to ask how far it is,
+//! and to take tensors. What comes out are `Tensor`s, which hand their memory over through DLPack capsules without a copy;
 //! the package's Python part makes `torch.Tensor`s of them where PyTorch is installed.
 
 mod dlpack;
