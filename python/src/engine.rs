@@ -15,7 +15,7 @@ use stoker_store::{Store, StoreConfig};
 use stoker_types::ByteSize;
 use tokio::runtime::{Builder, Handle, Runtime};
 
-use crate::{dlpack::DeviceKind, error::Error, settings};
+use crate::{dlpack::DeviceKind, error::Error, node::Opener, settings};
 
 /// The process's engine. Locked only by threads that hold the interpreter's lock and don't release it meanwhile: so nobody
 /// holds it while the process forks.
@@ -43,6 +43,7 @@ pub(crate) struct Engine {
 pub(crate) struct Target {
     pub(crate) device: Arc<dyn Device>,
     pub(crate) kind: DeviceKind,
+    pub(crate) opener: Arc<Opener>,
     /// Held by the load that is under way: one has the whole link, and the ring.
     pub(crate) store: tokio::sync::Mutex<Store>,
 }
@@ -123,14 +124,16 @@ impl Engine {
             }
             Place::Host => return Ok(None),
         };
+        let opener = Arc::new(Opener::default());
         let config = StoreConfig {
+            opener: opener.clone(),
             shared: false,
             read_threads: settings::read_threads(),
             ..StoreConfig::new(settings::RING)
         };
         let store = Store::open(config)?;
         store.attach(&*device, ByteSize::ZERO);
-        let target = Arc::new(Target { device, kind, store: tokio::sync::Mutex::new(store) });
+        let target = Arc::new(Target { device, kind, opener, store: tokio::sync::Mutex::new(store) });
         devices.insert(place, Arc::clone(&target));
         Ok(Some(target))
     }

@@ -1,6 +1,9 @@
 //! One load: a task that brings bytes to where they are wanted, and tells how far it is.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use stoker_device::{Slab, SlabPart};
@@ -132,10 +135,6 @@ impl Shared {
                     "shard= is for devices; in host memory, load the names that you need and take views";
                 return Err(Error::NotSupported(words.to_owned()));
             }
-            From::Node { .. } if shard.is_some() => {
-                let words = "a node's memory can't be loaded in parts yet: give shard= the model's path";
-                return Err(Error::NotSupported(words.to_owned()));
-            }
             From::Files(paths) if let Some(shard) = shard => {
                 let names = names.clone();
                 (blocking(move || Checkpoint::open_shard(&paths, names.as_deref(), shard)).await?, None)
@@ -146,7 +145,12 @@ impl Shared {
                     self.progress
                         .send_modify(|progress| (progress.arrived, progress.total) = (arrived, total));
                 };
-                let (checkpoint, hold) = node::hold(&socket, &model, &self.cancel, report).await?;
+                let (manifest, hold) = node::hold(&socket, &model, &self.cancel, report).await?;
+                let root = Path::new("/");
+                let checkpoint = match shard {
+                    Some(shard) => Checkpoint::of_shard(root, manifest, names.as_deref(), shard)?,
+                    None => Checkpoint::of_manifest(root, &manifest),
+                };
                 (checkpoint, Some(hold))
             }
         };
@@ -160,7 +164,7 @@ impl Shared {
         match (hold, target) {
             (None, Some(target)) => self.to_device(&checkpoint, &target).await,
             (None, None) => self.to_host(checkpoint).await,
-            (Some(hold), Some(target)) => self.node_to_device(&checkpoint, &hold, &target).await,
+            (Some(hold), Some(target)) => self.node_to_device(checkpoint, &hold, &target).await,
             (Some(hold), None) => self.node_to_host(&checkpoint, hold),
         }
     }
@@ -320,26 +324,19 @@ impl Shared {
         hold.check()
     }
 
+    /// Through the ring, as files go.
     async fn node_to_device(
         &self,
-        checkpoint: &Checkpoint,
+        mut checkpoint: Checkpoint,
         hold: &Arc<node::Hold>,
         target: &Arc<Target>,
     ) -> Result<(), Error> {
-        let mut reached = 0;
-        let mut ends = Vec::with_capacity(checkpoint.tensors.len());
-        for tensor in &checkpoint.tensors {
-            reached += tensor.range.len;
-            ends.push(reached);
-        }
-        let (slab, layout) = self.allocate(checkpoint, target, |_| ends).await?;
-        self.progress.send_modify(|progress| (progress.arrived, progress.total) = (0, reached));
-        let maps = Arc::clone(hold);
-        let maps = Arc::new(blocking(move || maps.map()).await?);
-        node::copy_to_device(checkpoint, hold, &maps, target, &slab, &layout, &self.cancel, |bytes| {
-            self.arrived(bytes)
-        })
-        .await
+        let lent = target.opener.lend(hold)?;
+        checkpoint.files = lent.source_files();
+        // How far the node was is said by now.
+        self.progress.send_modify(|progress| (progress.arrived, progress.total) = (0, 0));
+        self.to_device(&checkpoint, target).await?;
+        hold.check()
     }
 }
 

@@ -1,24 +1,33 @@
 //! A running node's memory: the model's chunks are mapped from its pool, and stay for as long as the connection does.
 
 use std::{
-    collections::VecDeque,
+    collections::HashMap,
+    io,
     os::{fd::OwnedFd, unix::net::UnixStream as Blocking},
-    path::Path,
-    sync::Arc,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-use stoker_checkpoint::Manifest;
-use stoker_device::{Cut, DeviceError, Slab, Transfer};
-use stoker_io::MappedFile;
+use parking_lot::Mutex;
+use stoker_checkpoint::{FileIdentity, Manifest};
+use stoker_io::{
+    Choice, Completion, FileStamp, Filled, LocalFiles, MappedFile, Open, ReadDone, ReadError, ReadMode,
+    ReadOp, Reader, ReaderKind, Reason,
+};
 use stoker_proto::{
     FrameReader, FrameWriter, PROTOCOL_VERSION,
     share::{self, FileSlots, Held, Progress, Refusal, Refused, ToClient, to_client},
 };
-use stoker_store::Layout;
-use tokio::{net::UnixStream, sync::oneshot};
+use stoker_store::SourceFile;
+use stoker_types::{Summing, clock};
+use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::{engine::Target, error::Error, job::blocking, settings, source::Checkpoint};
+use crate::{error::Error, job::blocking, settings};
 
 /// A model that a node keeps in memory for this process, until this is dropped.
 pub(crate) struct Hold {
@@ -29,14 +38,31 @@ pub(crate) struct Hold {
     connection: UnixStream,
 }
 
-/// Bytes of a held model on their way to a device.
-struct Piece {
-    maps: Arc<Vec<MappedFile>>,
-    _hold: Arc<Hold>,
-    file: usize,
-    at: usize,
-    len: usize,
+/// Opens local files, and those that a node holds: both take the same way through the ring.
+#[derive(Default)]
+pub(crate) struct Opener {
+    local: LocalFiles,
+    lent: Mutex<HashMap<PathBuf, Arc<HeldFile>>>,
+    lent_before: AtomicU64,
 }
+
+/// A held model's files while a store reads them.
+pub(crate) struct Lent {
+    opener: Arc<Opener>,
+    number: u64,
+    paths: Vec<PathBuf>,
+}
+
+/// A file in a node's memory.
+struct HeldFile {
+    map: MappedFile,
+    stamp: FileStamp,
+    choice: Choice,
+    _hold: Arc<Hold>,
+}
+
+/// Bytes summed at a time.
+const PIECE: usize = 256 << 10;
 
 // === impl Hold ===
 
@@ -46,7 +72,7 @@ pub(crate) async fn hold(
     model: &str,
     cancel: &CancellationToken,
     report: impl Fn(u64, u64),
-) -> Result<(Checkpoint, Arc<Hold>), Error> {
+) -> Result<(Manifest, Arc<Hold>), Error> {
     let path = socket.to_owned();
     let failed = |what: &str, error: &dyn std::fmt::Display| Error::Node {
         message: format!("the node at {}: {what}: {error}", socket.display()),
@@ -91,13 +117,12 @@ pub(crate) async fn hold(
     };
     let Held { manifest_json, chunk_bytes, files } = held;
     let manifest = Manifest::parse(socket, &manifest_json)?;
-    let checkpoint = Checkpoint::of_manifest(Path::new("/"), &manifest);
-    let same = checkpoint.files.len() == files.len()
-        && checkpoint.files.iter().zip(&files).all(|(file, slots)| file.identity.len == slots.len);
+    let same = manifest.files.len() == files.len()
+        && manifest.files.iter().zip(&files).all(|(file, slots)| file.identity.len == slots.len);
     if !same {
         return Err(failed("answer", &"its manifest and its memory contradict each other"));
     }
-    Ok((checkpoint, Arc::new(Hold { pool, chunk_bytes, files, connection: stream })))
+    Ok((manifest, Arc::new(Hold { pool, chunk_bytes, files, connection: stream })))
 }
 
 impl Hold {
@@ -131,71 +156,94 @@ fn refusal(model: &str, refused: Refused) -> Error {
     }
 }
 
-/// Copies a model's tensors to where the layout has them, in order. `report` is told how many bytes have arrived.
-#[expect(clippy::too_many_arguments, reason = "all of them are the copy")]
-pub(crate) async fn copy_to_device(
-    checkpoint: &Checkpoint,
-    hold: &Arc<Hold>,
-    maps: &Arc<Vec<MappedFile>>,
-    target: &Arc<Target>,
-    slab: &Slab,
-    layout: &Layout,
-    cancel: &CancellationToken,
-    report: impl Fn(u64),
-) -> Result<(), Error> {
-    let mut flying: VecDeque<(u64, oneshot::Receiver<Result<(), DeviceError>>)> = VecDeque::new();
-    let mut arrived = 0;
-    let mut land = async |flying: &mut VecDeque<(u64, oneshot::Receiver<_>)>| -> Result<(), Error> {
-        if let Some((len, end)) = flying.pop_front() {
-            // A device that is gone drops what it had.
-            end.await.unwrap_or(Err(DeviceError::Closed))?;
-            arrived += len;
-            report(arrived);
+// === impl Opener ===
+
+impl Opener {
+    /// Has a held model's files read by these names until the guard is dropped: as files, but from memory.
+    pub(crate) fn lend(self: &Arc<Self>, hold: &Arc<Hold>) -> Result<Lent, Error> {
+        let number = self.lent_before.fetch_add(1, Ordering::Relaxed);
+        let mut paths = Vec::with_capacity(hold.files.len());
+        let mut lent = self.lent.lock();
+        for (index, map) in hold.map()?.into_iter().enumerate() {
+            let path = PathBuf::from(format!("node:{number}/{index}"));
+            let stamp = FileStamp { len: map.len() as u64, mtime_ns: 0, inode: number };
+            let choice = Choice { kind: ReaderKind::Buffered, reason: Reason::MemoryFileSystem };
+            lent.insert(path.clone(), Arc::new(HeldFile { map, stamp, choice, _hold: Arc::clone(hold) }));
+            paths.push(path);
         }
-        Ok(())
-    };
-    for (tensor, to) in checkpoint.tensors.iter().zip(layout.tensors()) {
-        let mut done = 0;
-        while done < tensor.range.len {
-            if cancel.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            if flying.len() >= settings::NODE_COPIES {
-                land(&mut flying).await?;
-            }
-            let len = (tensor.range.len - done).min(settings::NODE_PIECE);
-            let outside = || Error::Internal("a tensor lies outside of its file".to_owned());
-            let piece = Piece {
-                maps: Arc::clone(maps),
-                _hold: Arc::clone(hold),
-                file: tensor.range.file as usize,
-                at: usize::try_from(tensor.range.offset + done).map_err(|_| outside())?,
-                len: usize::try_from(len).map_err(|_| outside())?,
-            };
-            let cut = Cut::range(0, piece.len, to + done);
-            let (sender, end) = oneshot::channel();
-            target.device.copy(Transfer {
-                from: Box::new(piece),
-                to: slab.clone(),
-                cuts: vec![cut],
-                // Nobody waits any more when the load was cancelled.
-                done: Box::new(move |result| drop(sender.send(result))),
-            });
-            flying.push_back((len, end));
-            done += len;
-        }
+        Ok(Lent { opener: Arc::clone(self), number, paths })
     }
-    while !flying.is_empty() {
-        land(&mut flying).await?;
-    }
-    Ok(())
 }
 
-// === impl Piece ===
+impl Open for Opener {
+    fn open(&self, path: &Path, mode: ReadMode) -> io::Result<Arc<dyn Reader>> {
+        let held = self.lent.lock().get(path).cloned();
+        match held {
+            Some(held) => Ok(held),
+            None => self.local.open(path, mode),
+        }
+    }
+}
 
-impl AsRef<[u8]> for Piece {
-    fn as_ref(&self) -> &[u8] {
-        // The manifest's ranges lie within its files (`Manifest::parse`), whose maps are as long.
-        &self.maps[self.file][self.at..self.at + self.len]
+// === impl Lent ===
+
+impl Lent {
+    /// The files, as a store loads them.
+    pub(crate) fn source_files(&self) -> Vec<SourceFile> {
+        let lent = self.opener.lent.lock();
+        let source = |path: &PathBuf| {
+            let len = lent.get(path).map_or(0, |held| held.stamp.len);
+            let identity = FileIdentity { len, mtime_ns: 0, inode: self.number };
+            // The node has checked every byte.
+            SourceFile { path: path.clone(), identity, chunk_sums: Vec::new(), sha256: None }
+        };
+        self.paths.iter().map(source).collect()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut lent = self.opener.lent.lock();
+        self.paths.iter().for_each(|path| drop(lent.remove(path)));
+    }
+}
+
+// === impl HeldFile ===
+
+impl Reader for HeldFile {
+    fn choice(&self) -> &Choice {
+        &self.choice
+    }
+
+    fn stamp(&self) -> io::Result<FileStamp> {
+        Ok(self.stamp)
+    }
+
+    fn part_bytes(&self) -> Option<usize> {
+        // From memory to memory, as files in the page cache are read.
+        Some(LocalFiles::default().buffered_part_bytes)
+    }
+
+    fn read(&self, op: ReadOp, done: Completion) {
+        let ReadOp { mut buf, offset, len, sum } = op;
+        let begun = clock::now();
+        let bytes = usize::try_from(offset).ok().and_then(|at| self.map.get(at..at.checked_add(len)?));
+        let result = match bytes {
+            None => Err(ReadError::Truncated { at: self.stamp.len }),
+            Some(bytes) => {
+                let mut summing = sum.then(Summing::new);
+                for (to, from) in buf.chunks_mut(PIECE).zip(bytes.chunks(PIECE)) {
+                    let to = &mut to[..from.len()];
+                    to.copy_from_slice(from);
+                    // While the piece is still in the cache of the core that wrote it.
+                    if let Some(summing) = &mut summing {
+                        summing.update(to);
+                    }
+                }
+                let sum = summing.map(Summing::finish);
+                Ok(Filled { sum, read_time: begun.elapsed(), sum_time: Duration::ZERO })
+            }
+        };
+        done(ReadDone { buf, result });
     }
 }

@@ -17,12 +17,6 @@ pub(crate) const SIGNALS_EVERY: Duration = Duration::from_millis(20);
 /// Threads of the runtime. They queue copies and notice their ends; reading has its own.
 pub(crate) const RUNTIME_THREADS: usize = 2;
 
-/// Pieces of a node's memory that are under way to a device at a time.
-pub(crate) const NODE_COPIES: usize = 8;
-
-/// Bytes of such a piece.
-pub(crate) const NODE_PIECE: u64 = 16 << 20;
-
 /// How long a node may take to greet a program.
 pub(crate) const NODE_ANSWERS: Duration = Duration::from_secs(10);
 

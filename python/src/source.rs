@@ -72,12 +72,22 @@ impl Checkpoint {
             let words = "shard= needs a model's folder, whose configuration says how it is split";
             return Err(Error::NotSupported(words.to_owned()));
         };
-        let mut manifest = match Manifest::read(path) {
+        let manifest = match Manifest::read(path) {
             Ok(manifest) if manifest.changed_files(path).is_empty() => manifest,
             _ => stoker_checkpoint::index(path, Source { uri: path.display().to_string(), revision: None })?,
         };
+        Self::of_shard(path, manifest, names, (rank, world))
+    }
+
+    /// As [`Self::open_shard`], of a manifest.
+    pub(crate) fn of_shard(
+        dir: &Path,
+        mut manifest: Manifest,
+        names: Option<&[String]>,
+        (rank, world): (u32, u32),
+    ) -> Result<Self, Error> {
         if let Some(names) = names {
-            let mut all = Self::of_manifest(path, &manifest);
+            let mut all = Self::of_manifest(dir, &manifest);
             all.keep(names)?;
             let kept: HashSet<&str> = all.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
             manifest.tensors.retain(|tensor| kept.contains(tensor.name.as_str()));
@@ -85,7 +95,7 @@ impl Checkpoint {
         let cannot = |error: SliceError| Error::NotSupported(error.to_string());
         let shard = Shard::new(rank, world).map_err(cannot)?;
         let parts = shard.of_manifest(&manifest).map_err(cannot)?;
-        let mut all = Self::of_manifest(path, &manifest);
+        let mut all = Self::of_manifest(dir, &manifest);
         for (tensor, part) in all.tensors.iter_mut().zip(parts) {
             tensor.shape.clone_from(&part.shape);
             tensor.part = Some(part);

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 import stoker
 from conftest import ROOT, bytes_of, in_tensors
@@ -72,6 +73,15 @@ def test_a_name_that_is_no_path_is_asked_for_from_the_node(server, monkeypatch):
         stoker.load("gone", "cpu")
     with pytest.raises(stoker.NodeError, match="is `stoker serve` running"):
         stoker.load("tiny", "cpu", node="/nonexistent/clients.sock")
+    until_nothing_is_held(server)
+
+
+def test_a_rank_takes_its_part_out_of_the_nodes_memory(server):
+    # An odd vocabulary: by name, what can be split.
+    name = "model.layers.0.self_attn.o_proj.weight"
+    ranks = [stoker.load("tiny", "simulated", node=runtime(server), names=[name], shard=(i, 2)) for i in range(2)]
+    whole = stoker.load(TINY, "cpu", names=[name])[name].numpy()
+    assert numpy.array_equal(numpy.concatenate([rank[name].numpy() for rank in ranks], axis=1), whole)
     until_nothing_is_held(server)
 
 
