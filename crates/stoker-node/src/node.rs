@@ -1,6 +1,7 @@
 //! The node: orders in, outcomes out.
 
 use std::{
+    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };

@@ -14,7 +14,9 @@ use std::{
 
 use stoker_checkpoint::{ChunkSum, Manifest, Source};
 use stoker_io::{Fault, FaultKind, FaultyFiles, Gate, LocalFiles, MappedFile};
-use stoker_node::{Catalog, CatalogEntry, ClientSocket, MemoryConfig, Node, NodeConfig, WorkerConfig};
+use stoker_node::{
+    Catalog, CatalogEntry, ClientSocket, MemoryConfig, Node, NodeConfig, RuntimeDir, WorkerConfig,
+};
 use stoker_proto::{
     FrameReader, FrameWriter, PROTOCOL_VERSION,
     share::{self, Held, Hold, Refusal, ToClient, to_client},
@@ -61,10 +63,11 @@ impl Bed {
         let opener = Arc::new(files.clone());
         let store = Store::open(StoreConfig { opener, ..StoreConfig::new(ByteSize::mib(64)) }).unwrap();
         let config = NodeConfig {
-            runtime_dir: dir.path().join("run"),
+            runtime: RuntimeDir::claim(&dir.path().join("run")).unwrap(),
             // Nobody is served here. It ends with its standard input, which the node has.
             workers: WorkerConfig::new(vec!["cat".into()]),
             memory: MemoryConfig::new(ByteSize::mib(64)),
+            keeper: None,
         };
         let node = Node::open(config, store.clone(), Arc::new(One(Arc::new(manifest)))).unwrap();
         let socket = dir.path().join("clients.sock");
