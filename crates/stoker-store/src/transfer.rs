@@ -60,7 +60,7 @@ struct Flight {
     settled: bool,
 }
 
-/// A step on all files. Dropped before its end, it fails its job, as [`Transfer`] does.
+/// A step on all files. Dropped before its end, it fails its job, as [`Flight`] does.
 struct Step<'a> {
     shared: &'a Shared,
     job: JobId,
