@@ -184,7 +184,8 @@ impl Gate {
         }
     }
 
-    fn pass(&self) {
+    /// Waits until the gate is open.
+    pub fn pass(&self) {
         let (state, changed) = &*self.state;
         let mut state = state.lock();
         state.arrived += 1;

@@ -41,7 +41,7 @@ pub use pin::{PinError, Pinner};
 pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, PoolError, PoolMemory, PoolUsage};
 pub use priority::PriorityFd;
 pub use reader::{
-    Choice, Completion, FileStamp, Filled, Open, ReadDone, ReadError, ReadMode, ReadOp, Reader, ReaderKind,
-    Reason,
+    Choice, Completion, FileStamp, Filled, Open, OpenRemote, ReadDone, ReadError, ReadMode, ReadOp, Reader,
+    ReaderKind, Reason,
 };
 pub use threads::{ReadThreads, Task, Wake, Work};

@@ -2,7 +2,7 @@
 
 use std::{fmt, io, path::Path, sync::Arc, time::Duration};
 
-use stoker_types::ChunkSum;
+use stoker_types::{ChunkSum, RemoteObject};
 
 use crate::ChunkPart;
 
@@ -39,6 +39,18 @@ pub trait Open: Send + Sync {
     /// # Errors
     /// The operating system's, such as "not found".
     fn open(&self, path: &Path, mode: ReadMode) -> io::Result<Arc<dyn Reader>>;
+}
+
+/// Opens objects of remote stores.
+pub trait OpenRemote: Send + Sync {
+    /// Opens one version of an object. Nothing is asked of the store before the first read.
+    ///
+    /// # Errors
+    /// [`ReadError::Remote`]: the address can't be used.
+    fn open(&self, object: &RemoteObject) -> Result<Arc<dyn Reader>, ReadError>;
+
+    /// Reads that may be under way at a time: more gain nothing.
+    fn reads_max(&self) -> usize;
 }
 
 /// What is called when a read has ended.
@@ -95,6 +107,30 @@ pub enum ReadError {
         /// Its words.
         source: Arc<io::Error>,
     },
+    /// The object is not the version that was asked for.
+    #[error("{url} has changed since it was indexed: {detail}")]
+    Changed {
+        /// Its address.
+        url: String,
+        /// What is not as it was.
+        detail: String,
+    },
+    /// The remote store refuses access.
+    #[error("{detail}")]
+    Refused {
+        /// The object's address.
+        url: String,
+        /// Why, and what to do about it.
+        detail: String,
+    },
+    /// The remote store didn't give the bytes, however often it was asked.
+    #[error("at byte {at}: {detail}")]
+    Remote {
+        /// Where in the object.
+        at: u64,
+        /// What was tried, and what happened last.
+        detail: String,
+    },
 }
 
 /// How to read a file.
@@ -121,6 +157,8 @@ pub enum ReaderKind {
     IoUring,
     /// Through the page cache.
     Buffered,
+    /// Ranges of an object of a remote store.
+    Remote,
 }
 
 /// Why a file is read the way it is.
@@ -145,6 +183,8 @@ pub enum Reason {
     NoDirect(String),
     /// Somebody asked for it.
     Asked,
+    /// There is no copy on this machine. What kind of store has it.
+    NotHere(&'static str),
 }
 
 /// How a file is read, and why.
@@ -192,6 +232,7 @@ impl ReaderKind {
             Self::Direct => "direct",
             Self::IoUring => "io_uring",
             Self::Buffered => "buffered",
+            Self::Remote => "remote",
         }
     }
 }
@@ -213,6 +254,7 @@ impl fmt::Display for Reason {
             Self::MemoryFileSystem => f.write_str("the file system is in memory"),
             Self::NoDirect(why) => write!(f, "no direct reads: {why}"),
             Self::Asked => f.write_str("asked for"),
+            Self::NotHere(store) => write!(f, "only {store} has it"),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{ByteSize, ModelName};
+use crate::{ByteSize, ModelName, Tier};
 
 /// How long an idle model stays on the device. Written `10m`, `90s`, `0` (leaves at once) or `-1` (never leaves by
 /// time; only a pin holds it against need).
@@ -61,6 +61,8 @@ pub struct ModelFacts {
     pub kv_bytes_per_token: ByteSize,
     /// The context that it was trained for, in tokens.
     pub context_trained: u32,
+    /// The fastest tier below memory that has its weights.
+    pub weights_on: Tier,
 }
 
 // === impl KeepAlive ===

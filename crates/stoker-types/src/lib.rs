@@ -9,6 +9,7 @@ mod ids;
 mod limits;
 mod memory;
 mod order;
+mod remote;
 mod sampling;
 mod seat;
 mod sum;
@@ -24,6 +25,7 @@ pub use order::{
     FileChange, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate,
     WorkerState, WorkerStatus,
 };
+pub use remote::RemoteObject;
 pub use sampling::{FinishReason, Sampling, TokenLogprob};
 pub use seat::{Admit, Refusal, SeatInfo};
 pub use sum::{ChunkSum, Summing, hex};

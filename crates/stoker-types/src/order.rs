@@ -51,6 +51,8 @@ pub enum FileChange {
     Replaced,
     /// Its modification time: it was written to.
     Written,
+    /// The object that it is in a remote store: there is another version.
+    Object,
 }
 
 /// Why an instance could not be started.
@@ -93,7 +95,7 @@ pub enum StartFailure {
     /// A weight file is not the one that was indexed. It has been indexed anew, or will be by the next start; whoever
     /// waited asked in the old model's tokens.
     #[error(
-        "`{file}` of model `{model}` changed on disk since it was added: {change}; it is indexed anew, ask again"
+        "`{file}` of model `{model}` changed since it was added: {change}; it is indexed anew, ask again"
     )]
     Changed {
         /// What was asked for.
@@ -142,6 +144,7 @@ impl fmt::Display for FileChange {
             Self::Length { was, is } => write!(f, "{is} bytes, were {was}"),
             Self::Replaced => f.write_str("another file is in its place"),
             Self::Written => f.write_str("it was written to"),
+            Self::Object => f.write_str("its remote store has another version"),
         }
     }
 }
@@ -258,7 +261,9 @@ pub enum NodeEvent {
     Measured {
         /// Which model.
         model: ModelName,
-        /// Bytes from SSD.
+        /// Where they came from.
+        tier: Tier,
+        /// Bytes from there.
         bytes: ByteSize,
         /// How long.
         time: Duration,
