@@ -224,6 +224,7 @@ fn add_file(
         identity: identity_of(path)?,
         sha256: hash_in_name(path),
         chunk_sums: Vec::new(),
+        origin: None,
     });
     tensors.extend(found.into_iter().map(|t| Tensor {
         name: t.name,

@@ -24,7 +24,7 @@ pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
 pub use error::CheckpointError;
 pub use index::index;
 pub use manifest::{
-    FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Part, Role, Source, Tensor,
+    FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Origin, Part, Role, Source, Tensor,
     TokenizerFiles, Trust, WeightFile, identity_of,
 };
 /// The type of [`WeightFile::chunk_sums`].

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use stoker_types::{ChunkSum, DType, FileChange};
+use stoker_types::{ChunkSum, DType, FileChange, RemoteObject};
 
 use crate::ModelConfig;
 
@@ -97,6 +97,20 @@ pub struct WeightFile {
     /// Sums of its chunks of [`CHUNK_BYTES`] (the last may be shorter); empty when none is known yet, else one for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chunk_sums: Vec<ChunkSum>,
+    /// Where it came from, when it can be had again from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+}
+
+/// Where a weight file is in a remote store.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Origin {
+    /// The object, in the version that was indexed.
+    #[serde(flatten)]
+    pub object: RemoteObject,
+    /// Of the file at [`WeightFile::path`] only the header is there: weights are read from the object.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub header_only: bool,
 }
 
 /// What a tensor is for.

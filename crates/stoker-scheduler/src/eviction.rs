@@ -38,6 +38,12 @@ pub struct ChunkFacts {
 // === impl Heat ===
 
 impl Heat {
+    /// So many recent uses, as of `at`.
+    #[must_use]
+    pub const fn of(uses: f64, at: Duration) -> Self {
+        Self { uses, at }
+    }
+
     /// Counts a use at `now`. Times are measured from any fixed moment.
     pub fn touch(&mut self, now: Duration) {
         self.uses = self.at(now) + 1.0;

@@ -129,6 +129,7 @@ mod tests {
             pool_bytes: ByteSize::mib(96),
             kv_bytes_per_token: ByteSize(per_token),
             context_trained: trained,
+            weights_on: stoker_types::Tier::Ssd,
         }
     }
 

@@ -566,7 +566,13 @@ mod tests {
         let files = bytes.iter().enumerate().map(|(i, bytes)| {
             let path = dir.join(format!("{name}-{i}"));
             std::fs::File::create_new(&path).unwrap().write_all(bytes).unwrap();
-            SourceFile { identity: identity_of(&path).unwrap(), path, chunk_sums: Vec::new(), sha256: None }
+            SourceFile {
+                identity: identity_of(&path).unwrap(),
+                path,
+                chunk_sums: Vec::new(),
+                sha256: None,
+                origin: None,
+            }
         });
         let files: Vec<_> = files.collect();
         let mut ranges = Vec::new();

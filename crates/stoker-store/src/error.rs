@@ -117,6 +117,30 @@ pub enum LoadError {
         /// What is there; `None`: nothing.
         is: Option<FileIdentity>,
     },
+    /// The remote store has another version of the object than the one that was indexed.
+    #[error("{url} has changed since it was indexed: {detail}")]
+    ObjectChanged {
+        /// Its address.
+        url: String,
+        /// What is not as it was.
+        detail: String,
+    },
+    /// The remote store refuses access.
+    #[error("{detail}")]
+    Refused {
+        /// The object's address.
+        url: String,
+        /// Why, and what to do about it.
+        detail: String,
+    },
+    /// The file is only in a remote store, and this store reaches none.
+    #[error(
+        "{url} is not on this machine, and remote stores are not to be used; `stoker pull` the model while they are"
+    )]
+    NoRemote {
+        /// Its address.
+        url: String,
+    },
     /// Reading failed.
     #[error("reading {path} (chunk at byte {offset}) failed: {source}")]
     Read {
@@ -199,8 +223,8 @@ impl LoadError {
         match self {
             Self::OutOfBudget { .. } => Retry::WhenRoom,
             Self::Corrupt { .. } | Self::WrongHash { .. } => Retry::AfterFetching,
-            Self::Changed { .. } => Retry::AfterIndexing,
-            Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } => Retry::Later,
+            Self::Changed { .. } | Self::ObjectChanged { .. } => Retry::AfterIndexing,
+            Self::Read { .. } | Self::Open { .. } | Self::Lost { .. } | Self::Refused { .. } => Retry::Later,
             Self::Device { source: DeviceError::OutOfMemory { .. }, .. } => Retry::WhenRoom,
             Self::Device { source: DeviceError::Lost { .. }, .. } => Retry::Never,
             Self::Device { .. } | Self::CorruptOnDevice { .. } => Retry::Later,
@@ -210,6 +234,7 @@ impl LoadError {
             | Self::Sliced { .. }
             | Self::ChunkSize { .. }
             | Self::SlabTooSmall { .. }
+            | Self::NoRemote { .. }
             | Self::Closed => Retry::Never,
         }
     }
@@ -226,6 +251,9 @@ impl LoadError {
             Self::WrongHash { .. } => "wrong_hash",
             Self::OnlyHash { .. } => "only_hash",
             Self::Changed { .. } => "changed",
+            Self::ObjectChanged { .. } => "object_changed",
+            Self::Refused { .. } => "refused",
+            Self::NoRemote { .. } => "no_remote",
             Self::Read { .. } => "read",
             Self::Open { .. } => "open",
             Self::ChunkSize { .. } => "chunk_size",
@@ -235,6 +263,15 @@ impl LoadError {
             Self::Lost { .. } => "lost",
             Self::Closed => "closed",
         }
+    }
+}
+
+/// Why a file can't be read, by what its reader says. `shown` is where it was read from.
+pub(crate) fn unreadable(shown: PathBuf, offset: u64, source: ReadError) -> LoadError {
+    match source {
+        ReadError::Changed { url, detail } => LoadError::ObjectChanged { url, detail },
+        ReadError::Refused { url, detail } => LoadError::Refused { url, detail },
+        source => LoadError::Read { path: shown, offset, source },
     }
 }
 

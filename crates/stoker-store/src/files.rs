@@ -8,13 +8,13 @@ use std::{
     sync::Arc,
 };
 
-use stoker_checkpoint::{ChunkSum, FileIdentity, Manifest, Trust, manifest::CHUNK_BYTES};
-use stoker_types::{ByteSize, ModelName};
+use stoker_checkpoint::{ChunkSum, FileIdentity, Manifest, Origin, Trust, manifest::CHUNK_BYTES};
+use stoker_types::{ByteSize, ModelName, RemoteObject};
 
 use crate::layout::FileRange;
 
-/// One version of a model's bytes: its name and a hash of its files' paths and identities. Of use within one process
-/// only.
+/// One version of a model's bytes: its name and a hash of its files' paths and identities, or of the objects that they are
+/// copies of, so that a model stays the same when it lands on this machine. Of use within one process only.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ModelKey {
     /// The model.
@@ -34,6 +34,8 @@ pub struct SourceFile {
     pub chunk_sums: Vec<ChunkSum>,
     /// SHA-256 of the whole file in lower-case hexadecimal, if known. Checked when no sums are known.
     pub sha256: Option<String>,
+    /// Where it can be had again; for a file of which only the header is here, where it is.
+    pub origin: Option<Origin>,
 }
 
 /// A chunk of a model.
@@ -119,6 +121,7 @@ impl CheckpointFiles {
                 identity: file.identity,
                 chunk_sums: if known { file.chunk_sums.clone() } else { Vec::new() },
                 sha256: file.sha256.clone().filter(|_| known),
+                origin: file.origin.clone(),
             })
             .collect();
         let touched = manifest.tensors.iter().flat_map(|tensor| {
@@ -177,8 +180,13 @@ impl CheckpointFiles {
 
         let mut hasher = DefaultHasher::new();
         for file in &files {
-            file.path.hash(&mut hasher);
-            (file.identity.len, file.identity.mtime_ns, file.identity.inode).hash(&mut hasher);
+            match &file.origin {
+                Some(origin) => origin.object.hash(&mut hasher),
+                None => {
+                    file.path.hash(&mut hasher);
+                    (file.identity.len, file.identity.mtime_ns, file.identity.inode).hash(&mut hasher);
+                }
+            }
         }
         (chunk_bytes, &order).hash(&mut hasher);
         let key = ModelKey { name, identity: hasher.finish() };
@@ -249,6 +257,11 @@ impl CheckpointFiles {
         let only_hash = |file: &SourceFile| file.chunk_sums.is_empty() && file.identity.len > 0;
         let files = self.inner.files.iter().enumerate().filter(move |(_, file)| only_hash(file));
         files.filter_map(|(index, file)| Some((index, file.sha256.as_deref()?)))
+    }
+
+    /// An object that its bytes are in, if they are in a remote store.
+    pub(crate) fn object(&self) -> Option<&RemoteObject> {
+        self.inner.files.iter().find_map(|file| Some(&file.origin.as_ref()?.object))
     }
 
     /// What is known about the bytes before they are read.
@@ -338,6 +351,7 @@ mod tests {
             identity: FileIdentity { len, mtime_ns: 1, inode: 1 },
             chunk_sums: vec![ChunkSum(1); sums],
             sha256: None,
+            origin: None,
         }
     }
 
@@ -374,6 +388,7 @@ mod tests {
             identity: FileIdentity { len: chunks * CHUNK_BYTES, mtime_ns: 1, inode: 1 },
             sha256: None,
             chunk_sums: Vec::new(),
+            origin: None,
         };
         let manifest = Manifest {
             version: MANIFEST_VERSION,

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
     time::Duration,
 };
 
 use stoker_checkpoint::ChunkSum;
 use stoker_io::{Chunk, ChunkBuf, ChunkPool, ReadMode, Reader};
+use stoker_types::Tier;
 use tokio::sync::watch;
 
 use crate::{
@@ -15,6 +16,8 @@ use crate::{
     error::LoadError,
     files::CheckpointFiles,
     report::LoadReport,
+    source::{FileSource, Ticket},
+    ssd::SsdCopy,
     transfer::{ChunkFilled, PartRead},
 };
 
@@ -49,7 +52,9 @@ pub(crate) struct Job {
     served: u64,
     stage: Stage,
     mode: ReadMode,
-    readers: Vec<Arc<dyn Reader>>,
+    sources: Vec<FileSource>,
+    /// The copy on SSD that it has written as its chunks pass, or completes.
+    pub(crate) copy: Option<Arc<SsdCopy>>,
     /// Places of the chunks yet to be read.
     pending: VecDeque<usize>,
     /// Parts yet to be read of chunks that are being read.
@@ -83,6 +88,8 @@ pub(crate) struct Ring {
     pub(crate) ready: BTreeMap<usize, (Chunk, ChunkSum)>,
     /// Whether chunks that are in memory are read nevertheless.
     pub(crate) fresh: bool,
+    /// Whether it only completes a copy: what passes is for that alone, and checked by whoever writes it.
+    pub(crate) fills: bool,
 }
 
 /// What a job has done so far.
@@ -90,7 +97,8 @@ pub(crate) struct Ring {
 pub(crate) struct Tally {
     pub(crate) started: Duration,
     pub(crate) opened: Duration,
-    pub(crate) bytes_read: u64,
+    pub(crate) bytes_ssd: u64,
+    pub(crate) bytes_remote: u64,
     pub(crate) bytes_resident: u64,
     pub(crate) read_time: Duration,
     pub(crate) sum_time: Duration,
@@ -118,6 +126,15 @@ pub(crate) struct Jobs {
     jobs: BTreeMap<JobId, Job>,
     last: u64,
     turn: u64,
+    /// Reads from remote under way. Such a read holds no thread, so this is what bounds them.
+    pub(crate) remote: RemoteReads,
+}
+
+/// Reads from remote: how many are under way, and how many may be.
+#[derive(Default)]
+pub(crate) struct RemoteReads {
+    out: Arc<AtomicUsize>,
+    pub(crate) most: usize,
 }
 
 /// What a reading thread is to do.
@@ -132,7 +149,7 @@ pub(crate) enum Assignment {
     Check {
         job: JobId,
         files: CheckpointFiles,
-        readers: Vec<Arc<dyn Reader>>,
+        sources: Vec<FileSource>,
         to_hash: Option<Vec<Option<Chunk>>>,
     },
 }
@@ -143,9 +160,27 @@ pub(crate) struct ChunkRead {
     pub(crate) files: CheckpointFiles,
     /// Place in the order.
     pub(crate) position: usize,
+    /// Where `reader` reads.
+    pub(crate) tier: Tier,
     pub(crate) reader: Arc<dyn Reader>,
+    /// The tier below.
+    pub(crate) below: Option<Arc<dyn Reader>>,
+    pub(crate) ticket: Option<Ticket>,
+    /// The copy on SSD that the chunk goes to as it passes.
+    pub(crate) copy: Option<Arc<SsdCopy>>,
+    /// Whether it is to stay in memory.
+    pub(crate) stays: bool,
     pub(crate) expected: Option<ChunkSum>,
     pub(crate) buf: ChunkBuf,
+}
+
+// === impl Ring ===
+
+impl Ring {
+    /// A ring of at most so many chunks.
+    pub(crate) fn of(window: usize) -> Self {
+        Self { window, used: 0, ready: BTreeMap::new(), fresh: false, fills: false }
+    }
 }
 
 // === impl Jobs ===
@@ -168,7 +203,8 @@ impl Jobs {
             served: self.turn,
             stage: Stage::Open,
             mode,
-            readers: Vec::new(),
+            sources: Vec::new(),
+            copy: None,
             pending: pending.into_iter().collect(),
             parts: VecDeque::new(),
             in_flight: 0,
@@ -218,7 +254,7 @@ impl Jobs {
         turns.sort_unstable();
         for (_, _, id) in turns {
             let job = self.jobs.get_mut(&id)?;
-            let Some(assignment) = job.assign(id, cache, pool, now, reload) else { continue };
+            let Some(assignment) = job.assign(id, cache, pool, &self.remote, now, reload) else { continue };
             self.turn += 1;
             job.served = self.turn;
             return Some(assignment);
@@ -235,6 +271,7 @@ impl Job {
         id: JobId,
         cache: &mut Cache,
         pool: &ChunkPool,
+        remote: &RemoteReads,
         now: Duration,
         reload: Duration,
     ) -> Option<Assignment> {
@@ -248,11 +285,12 @@ impl Job {
             Stage::Check => {
                 self.stage = Stage::Checking;
                 // A stream is not begun before its files are vouched for.
-                let unvouched = cache.model(self.files.key()).filter(|model| !model.is_vouched());
+                let fills = matches!(&self.target, Target::Ring(ring) if ring.fills);
+                let unvouched = cache.model(self.files.key()).filter(|model| !fills && !model.is_vouched());
                 Some(Assignment::Check {
                     job: id,
                     files: self.files.clone(),
-                    readers: self.readers.clone(),
+                    sources: self.sources.clone(),
                     to_hash: unvouched.map(|model| model.chunks()),
                 })
             }
@@ -263,9 +301,9 @@ impl Job {
                 self.pass_on_resident(cache);
                 self.settle();
                 if self.stage == Stage::Check {
-                    return self.assign(id, cache, pool, now, reload);
+                    return self.assign(id, cache, pool, remote, now, reload);
                 }
-                self.next_read(id, cache, pool, now, reload).map(Assignment::Read)
+                self.next_read(id, cache, pool, remote, now, reload).map(Assignment::Read)
             }
             Stage::Opening | Stage::Checking => None,
         }
@@ -276,6 +314,7 @@ impl Job {
         id: JobId,
         cache: &mut Cache,
         pool: &ChunkPool,
+        remote: &RemoteReads,
         now: Duration,
         reload: Duration,
     ) -> Option<ChunkRead> {
@@ -285,22 +324,41 @@ impl Job {
         {
             return None;
         }
+        let chunk = self.files.order()[position];
+        let source = &self.sources[chunk.file as usize];
+        let (tier, reader) = source.fastest(chunk)?;
+        let ticket = match tier {
+            Tier::Remote => Some(Ticket::take(&remote.out, remote.most)?),
+            _ => None,
+        };
         let (buf, evicted) = cache.take_slot(pool, id, now, reload)?;
+        // Of a chunk that is read from a copy, its journal knows the sum.
+        let journal =
+            source.copy.as_ref().filter(|_| tier == Tier::Ssd).and_then(|part| part.copy.sum(chunk));
+        let known = cache.model(self.files.key()).map_or(self.files.sum(chunk), |model| model.sum(position));
+        let (reader, below) = (Arc::clone(reader), source.below(tier).cloned());
         self.pending.pop_front();
         self.in_flight += 1;
         self.tally.evicted += evicted;
         if let Target::Ring(ring) = &mut self.target {
             ring.used += 1;
         }
-        let chunk = self.files.order()[position];
+        let (stays, fills) = match &self.target {
+            Target::Cache { .. } => (true, false),
+            Target::Ring(ring) => (false, ring.fills),
+        };
         Some(ChunkRead {
             job: id,
             files: self.files.clone(),
             position,
-            reader: Arc::clone(&self.readers[chunk.file as usize]),
-            expected: cache
-                .model(self.files.key())
-                .map_or(self.files.sum(chunk), |model| model.sum(position)),
+            tier,
+            reader,
+            below,
+            ticket,
+            // What completes a copy gets there by itself.
+            copy: self.copy.clone().filter(|_| !fills),
+            stays,
+            expected: known.or(journal),
             buf,
         })
     }
@@ -326,8 +384,9 @@ impl Job {
     }
 
     /// Opening -> Transfer.
-    pub(crate) fn opened(&mut self, readers: Vec<Arc<dyn Reader>>, now: Duration) {
-        self.readers = readers;
+    pub(crate) fn opened(&mut self, sources: Vec<FileSource>, copy: Option<Arc<SsdCopy>>, now: Duration) {
+        self.sources = sources;
+        self.copy = copy;
         self.tally.opened = now;
         self.stage = Stage::Transfer;
     }
@@ -338,14 +397,16 @@ impl Job {
     }
 
     /// A chunk has been read and is right.
-    pub(crate) fn arrived(&mut self, cache: &mut Cache, position: usize, buf: ChunkBuf, read: &ChunkFilled) {
-        let &ChunkFilled { sum, read_time, sum_time } = read;
+    pub(crate) fn arrived(&mut self, cache: &mut Cache, position: usize, chunk: Chunk, read: &ChunkFilled) {
+        let &ChunkFilled { sum, tier, read_time, sum_time } = read;
         let len = self.files.chunk_len(self.files.order()[position]);
         self.in_flight -= 1;
-        self.tally.bytes_read += len;
+        match tier {
+            Tier::Remote => self.tally.bytes_remote += len,
+            _ => self.tally.bytes_ssd += len,
+        }
         self.tally.read_time += read_time;
         self.tally.sum_time += sum_time;
-        let chunk = buf.freeze(usize::try_from(len).unwrap_or(usize::MAX));
         match &mut self.target {
             Target::Cache { brought, prefix } => {
                 // The entry stays for as long as the load holds it.
@@ -390,17 +451,26 @@ impl Job {
             self.files.files().iter().any(|file| file.chunk_sums.is_empty() && file.identity.len > 0);
         let unknown_before = unknown_before && self.files.is_whole();
         let learned = model.filter(|_| unknown_before).and_then(|model| model.all_sums());
-        let Tally { started, opened, bytes_read, bytes_resident, read_time, sum_time, reread, evicted } =
-            self.tally;
+        let Tally {
+            started,
+            opened,
+            bytes_ssd,
+            bytes_remote,
+            bytes_resident,
+            read_time,
+            sum_time,
+            reread,
+            evicted,
+        } = self.tally;
         LoadReport {
-            bytes: crate::load::tier_bytes(bytes_resident, bytes_read),
+            bytes: crate::load::tier_bytes(bytes_resident, bytes_ssd, bytes_remote),
             total: now.saturating_sub(started),
             ended: stoker_types::clock::wall(),
             open: opened.saturating_sub(started),
             transfer: now.saturating_sub(opened),
             read_thread_time: read_time,
             verify_thread_time: sum_time,
-            readers: self.readers.iter().map(|reader| reader.choice().clone()).collect(),
+            readers: self.sources.iter().filter_map(FileSource::choice).cloned().collect(),
             learned: learned.map(|sums| self.files.by_file(ChunkSum(0), sums)),
             reread,
             evicted,

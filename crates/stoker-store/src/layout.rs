@@ -221,6 +221,7 @@ mod tests {
                 identity: FileIdentity { len: LEN, mtime_ns: 0, inode: 0 },
                 chunk_sums: Vec::new(),
                 sha256: None,
+                origin: None,
             };
             let three = vec![file(), file(), file()];
             let name = ModelName::new("m").unwrap();

@@ -7,6 +7,10 @@
 //! a more urgent load would have to wait for or that a cancelled one would leave behind. Each thread reads a chunk and
 //! checks it, while the others read. Room is promised when a load is accepted: loads never wait for each other's slots.
 //!
+//! A chunk is read from the fastest tier that has it: a file on this machine, what is there of a copy of a remote model
+//! ([`SsdTier`]), the remote store. Reads from remote hold no thread and are bounded in number; what they bring passes on to
+//! the copy, which never makes a load wait. What is wrong on SSD is fetched again from remote.
+//!
 //! [`Store::deliver`] passes a model on to a device, chunk by chunk as they become ready, and may keep it in memory.
 //!
 //! Invariants:
@@ -65,7 +69,9 @@
 //!
 //! Metrics: `stoker_store_{budget,used,mapped}_bytes`, `stoker_store_rate_bytes_per_second{tier}`,
 //! `stoker_store_read_bytes_total{tier,reader}`, `stoker_store_loads_total{kind,outcome}`, `stoker_store_load_seconds`,
-//! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`, `stoker_store_adopted_bytes_total`.
+//! `stoker_store_evictions_total{reason}`, `stoker_store_rereads_total`, `stoker_store_adopted_bytes_total`,
+//! `stoker_store_refetches_total`, `stoker_store_tee_{bytes,dropped,failed}_total`,
+//! `stoker_store_tee_skipped_total{reason}`, `stoker_store_copies_landed_total`, `stoker_store_ssd_evictions_total`.
 
 mod adopt;
 mod cache;
@@ -81,6 +87,8 @@ mod meter;
 mod report;
 mod shared;
 mod slice;
+mod source;
+mod ssd;
 mod store;
 mod stream;
 mod transfer;
@@ -95,5 +103,8 @@ pub use layout::{ALIGN, FileRange, Layout};
 pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use slice::{Shard, SliceError, TensorPart};
+pub use ssd::{
+    CopyEnd, CopyProgress, DiskState, FinishedCopy, Leftover, Shelf, Shelved, SsdDisk, SsdTier, host_of,
+};
 pub use store::{Clock, Evicted, Store, StoreConfig};
 pub use stream::{ChunkStream, LentSlots, StreamOptions, StreamedChunk};

@@ -204,7 +204,7 @@ impl std::fmt::Debug for Hold {
 /// The report of a load that found everything in memory.
 fn resident_report(files: &CheckpointFiles, total: Duration) -> LoadReport {
     LoadReport {
-        bytes: tier_bytes(files.bytes().bytes(), 0),
+        bytes: tier_bytes(files.bytes().bytes(), 0, 0),
         total,
         ended: clock::wall(),
         open: Duration::ZERO,
@@ -218,8 +218,8 @@ fn resident_report(files: &CheckpointFiles, total: Duration) -> LoadReport {
     }
 }
 
-pub(crate) fn tier_bytes(resident: u64, read: u64) -> Vec<TierBytes> {
-    [(Tier::Ssd, read), (Tier::Dram, resident)]
+pub(crate) fn tier_bytes(resident: u64, ssd: u64, remote: u64) -> Vec<TierBytes> {
+    [(Tier::Remote, remote), (Tier::Ssd, ssd), (Tier::Dram, resident)]
         .into_iter()
         .filter(|(_, bytes)| *bytes > 0)
         .map(|(tier, bytes)| TierBytes { tier, bytes: ByteSize(bytes) })

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
-use stoker_io::{ChunkBuf, ChunkPool, Open, ReadMode, Reader, Wake};
+use stoker_io::{Chunk, ChunkBuf, ChunkPool, Open, OpenRemote, ReadMode, Wake};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate};
 use tokio::sync::watch;
 
@@ -11,17 +11,21 @@ use crate::{
     cache::Cache,
     error::LoadError,
     files::{CheckpointFiles, ModelKey},
-    job::{Assignment, Job, JobId, Jobs, Priority, Progress, Target},
+    job::{Assignment, Job, JobId, Jobs, Priority, Progress, Ring, Target},
     meter::Meter,
     report::{EvictReason, StoreStats},
+    ssd::{SsdCopy, SsdTier, Tee, Wanted, host_of},
     store::Clock,
-    transfer::{ChunkFilled, PartRead, reload_time},
+    transfer::{ChunkFilled, Opened, PartRead, reload_time},
 };
 
 pub(crate) struct Shared {
     state: Mutex<State>,
     pub(crate) pool: ChunkPool,
     pub(crate) opener: Arc<dyn Open>,
+    pub(crate) remote: Option<Arc<dyn OpenRemote>>,
+    pub(crate) ssd: Option<SsdTier>,
+    pub(crate) tee: Tee,
     pub(crate) wake: Wake,
     pub(crate) mode: ReadMode,
     /// Grows with each change of what is in memory.
@@ -34,10 +38,18 @@ pub(crate) struct State {
     pub(crate) cache: Cache,
     pub(crate) jobs: Jobs,
     meter: Meter,
+    remote_meter: Meter,
     /// Of each device, by its number.
     copies: BTreeMap<u32, Meter>,
     bytes_read: u64,
     closed: bool,
+}
+
+/// What is below memory.
+pub(crate) struct Tiers {
+    pub(crate) opener: Arc<dyn Open>,
+    pub(crate) remote: Option<Arc<dyn OpenRemote>>,
+    pub(crate) ssd: Option<SsdTier>,
 }
 
 /// How a wish for a model begins.
@@ -56,11 +68,17 @@ pub(crate) enum Begun {
 // === impl Shared ===
 
 impl Shared {
-    pub(crate) fn new(pool: ChunkPool, opener: Arc<dyn Open>, mode: ReadMode, clock: Clock) -> Self {
+    pub(crate) fn new(pool: ChunkPool, tiers: Tiers, mode: ReadMode, clock: Clock, tee: Tee) -> Self {
+        let Tiers { opener, remote, ssd } = tiers;
+        let mut state = State::default();
+        state.jobs.remote.most = remote.as_ref().map_or(0, |remote| remote.reads_max());
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(state),
             pool,
             opener,
+            remote,
+            ssd,
+            tee,
             wake: Wake::default(),
             mode,
             changes: watch::Sender::new(0),
@@ -162,16 +180,42 @@ impl Shared {
         if let Some((file, _)) = files.to_hash().next().filter(|_| !vouched) {
             return Err(LoadError::OnlyHash { path: files.files()[file].path.clone() });
         }
+        let all = 0..files.order().len();
+        let ring = Ring { fresh, ..Ring::of(window) };
+        self.add_stream(state, files, priority, ring, all)
+    }
+
+    /// Begins a stream of some chunks that completes a copy.
+    pub(crate) fn begin_fill(
+        &self,
+        files: &CheckpointFiles,
+        priority: Priority,
+        window: usize,
+        places: &[usize],
+    ) -> Result<(JobId, usize, watch::Receiver<Progress>), LoadError> {
+        let state = &mut *self.lock();
+        self.check(state, files)?;
+        let ring = Ring { fills: true, ..Ring::of(window) };
+        self.add_stream(state, files, priority, ring, places.iter().copied())
+    }
+
+    fn add_stream(
+        &self,
+        state: &mut State,
+        files: &CheckpointFiles,
+        priority: Priority,
+        mut ring: Ring,
+        places: impl ExactSizeIterator<Item = usize>,
+    ) -> Result<(JobId, usize, watch::Receiver<Progress>), LoadError> {
         let room = state.cache.room(self.budget(), None);
-        let window = window.min(files.order().len()).max(1).min(room.free);
+        let window = ring.window.min(places.len()).max(1).min(room.free);
         if window == 0 {
             return Err(self.out_of_budget(&files.key().name, 1, 0, room.held));
         }
         state.cache.set_aside(window);
-        let ring = crate::job::Ring { window, used: 0, ready: std::collections::BTreeMap::new(), fresh };
-        let mode = if fresh { ReadMode::Uncached } else { self.mode };
-        let all = 0..files.order().len();
-        let (id, job) = state.jobs.add(files.clone(), priority, mode, all, Target::Ring(ring), self.now());
+        ring.window = window;
+        let mode = if ring.fresh { ReadMode::Uncached } else { self.mode };
+        let (id, job) = state.jobs.add(files.clone(), priority, mode, places, Target::Ring(ring), self.now());
         let progress = job.progress.subscribe();
         self.wake.wake();
         Ok((id, window, progress))
@@ -198,6 +242,10 @@ impl Shared {
         if state.closed {
             return Err(LoadError::Closed);
         }
+        self.check_chunks(files)
+    }
+
+    pub(crate) fn check_chunks(&self, files: &CheckpointFiles) -> Result<(), LoadError> {
         let store = self.pool.chunk_bytes() as u64;
         if files.chunk_bytes() != store {
             return Err(LoadError::ChunkSize {
@@ -226,18 +274,19 @@ impl Shared {
         state.jobs.assign(&mut state.cache, &self.pool, now, reload)
     }
 
-    pub(crate) fn opened(&self, id: JobId, opened: Result<Vec<Arc<dyn Reader>>, LoadError>) {
+    pub(crate) fn opened(&self, id: JobId, opened: Result<Opened, LoadError>) {
         {
             let state = &mut *self.lock();
             match opened {
                 Err(error) => self.end(state, id, Err(error)),
-                Ok(readers) => {
+                Ok(Opened { sources, copy }) => {
                     let Some(job) = state.jobs.get_mut(id) else { return };
-                    for (file, reader) in job.files.files().iter().zip(&readers) {
+                    for (file, source) in job.files.files().iter().zip(&sources) {
                         let model = &job.files.key().name;
-                        tracing::info!(%model, path = %file.path.display(), choice = %reader.choice(), "reading");
+                        let choice = source.choice().map(ToString::to_string).unwrap_or_default();
+                        tracing::info!(%model, path = %file.path.display(), choice, "reading");
                     }
-                    job.opened(readers, self.now());
+                    job.opened(sources, copy, self.now());
                 }
             }
         }
@@ -260,14 +309,14 @@ impl Shared {
         self.lock().jobs.get_mut(id).is_some()
     }
 
-    pub(crate) fn read_begins(&self) {
+    pub(crate) fn read_begins(&self, tier: Tier) {
         let now = self.now();
-        self.lock().meter.begin(now);
+        self.lock().meter_of(tier).begin(now);
     }
 
-    pub(crate) fn read_ended(&self, bytes: u64) {
+    pub(crate) fn read_ended(&self, tier: Tier, bytes: u64) {
         let now = self.now();
-        self.lock().meter.end(now, bytes);
+        self.lock().meter_of(tier).end(now, bytes);
     }
 
     pub(crate) fn copy_begins(&self, device: u32) {
@@ -298,15 +347,15 @@ impl Shared {
     }
 
     /// A chunk is there and right. If its job is gone, so is the chunk.
-    pub(crate) fn arrived(&self, id: JobId, position: usize, buf: ChunkBuf, read: &ChunkFilled, again: bool) {
+    pub(crate) fn arrived(&self, id: JobId, position: usize, chunk: Chunk, read: &ChunkFilled, again: bool) {
         {
             let state = &mut *self.lock();
             if let Some(job) = state.jobs.get_mut(id) {
                 job.tally.reread += u32::from(again);
                 state.bytes_read += job.files.chunk_len(job.files.order()[position]);
-                job.arrived(&mut state.cache, position, buf, read);
+                job.arrived(&mut state.cache, position, chunk, read);
             } else {
-                drop(buf);
+                drop(chunk);
             }
         }
         // Also for a job that is gone: its slot is free now.
@@ -329,7 +378,8 @@ impl Shared {
         let Some(job) = state.jobs.remove(id) else { return };
         let now = self.now();
         state.meter.sample(now);
-        let Job { files, target, progress, .. } = &job;
+        state.remote_meter.sample(now);
+        let Job { files, target, progress, copy, .. } = &job;
         let name = &files.key().name;
         let mut dropped = 0;
         if let Target::Cache { brought, .. } = target
@@ -348,7 +398,8 @@ impl Shared {
         state.cache.count(EvictReason::Failed, dropped);
         let outcome = match &end {
             Ok(report) => {
-                tracing::info!(model = %name, from_disk = %report.bytes_from(Tier::Ssd), time = ?report.total, "loaded");
+                let (disk, remote) = (report.bytes_from(Tier::Ssd), report.bytes_from(Tier::Remote));
+                tracing::info!(model = %name, from_disk = %disk, from_remote = %remote, time = ?report.total, "loaded");
                 metrics::histogram!("stoker_store_load_seconds").record(report.total.as_secs_f64());
                 "ok"
             }
@@ -357,9 +408,32 @@ impl Shared {
                 error.name()
             }
         };
-        let kind = if matches!(target, Target::Cache { .. }) { "load" } else { "stream" };
+        let kind = match target {
+            Target::Cache { .. } => "load",
+            Target::Ring(ring) if ring.fills => "fill",
+            Target::Ring(_) => "stream",
+        };
+        if let Some(copy) = copy.as_ref().filter(|_| kind != "fill") {
+            self.copy_passed(copy, &end);
+        }
+        if let (Some(ssd), Some(rate), Some(object)) = (&self.ssd, state.remote_meter.rate(), files.object())
+        {
+            ssd.measured(host_of(&object.url), rate);
+        }
         metrics::counter!("stoker_store_loads_total", "kind" => kind, "outcome" => outcome).increment(1);
         progress.send_modify(|progress| progress.end = Some(end));
+    }
+
+    /// What passed of a copy has passed: the rest of it is brought in the background, unless it is of no more use.
+    fn copy_passed(&self, copy: &Arc<SsdCopy>, end: &Result<Arc<crate::LoadReport>, LoadError>) {
+        match end {
+            Ok(_) => self.tee.complete(Wanted { copy: Arc::clone(copy), priority: Priority::Prefetch }),
+            Err(error @ (LoadError::ObjectChanged { .. } | LoadError::WrongHash { .. })) => {
+                self.tee.give_up(copy, error.to_string());
+            }
+            // What is there stays for the next load.
+            Err(_) => {}
+        }
     }
 
     // --- budget, eviction, statistics ---
@@ -419,7 +493,12 @@ impl Shared {
     }
 
     pub(crate) fn rates(&self) -> Vec<TierRate> {
-        vec![TierRate { tier: Tier::Ssd, rate: self.lock().meter.rate() }]
+        let state = self.lock();
+        let mut rates = vec![TierRate { tier: Tier::Ssd, rate: state.meter.rate() }];
+        if self.remote.is_some() {
+            rates.push(TierRate { tier: Tier::Remote, rate: state.remote_meter.rate() });
+        }
+        rates
     }
 
     pub(crate) fn stats(&self) -> StoreStats {
@@ -453,5 +532,16 @@ impl Shared {
         if let Some(rate) = state.meter.rate() {
             metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => "ssd").set(rate.0);
         }
+        if let Some(rate) = state.remote_meter.rate() {
+            metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => "remote").set(rate.0);
+        }
+    }
+}
+
+// === impl State ===
+
+impl State {
+    fn meter_of(&mut self, tier: Tier) -> &mut Meter {
+        if tier == Tier::Remote { &mut self.remote_meter } else { &mut self.meter }
     }
 }

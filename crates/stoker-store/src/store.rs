@@ -4,7 +4,7 @@ use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
 use stoker_device::Device;
-use stoker_io::{ChunkPool, LocalFiles, Open, PoolMemory, ReadMode, ReadThreads, Work};
+use stoker_io::{ChunkPool, LocalFiles, Open, OpenRemote, PoolMemory, ReadMode, ReadThreads, Work};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,8 @@ use crate::{
     job::Priority,
     load::{Loading, Resident},
     report::{EvictReason, StoreStats},
-    shared::Shared,
+    shared::{Shared, Tiers},
+    ssd::{CopyProgress, SsdTier, Tee, TeeThread, Wanted},
     stream::{ChunkStream, LentSlots, StreamOptions},
     transfer::Puller,
 };
@@ -44,6 +45,10 @@ pub struct StoreConfig {
     pub opener: Arc<dyn Open>,
     /// What says how long ago something was used, and how long it took: the machine's monotonic clock.
     pub clock: Clock,
+    /// What opens objects of remote stores; without it, what is only remote can't be loaded.
+    pub remote: Option<Arc<dyn OpenRemote>>,
+    /// Where copies of remote models are kept; without it, they are fetched again for each load.
+    pub ssd: Option<SsdTier>,
 }
 
 /// The checkpoint store of one server: disk and memory tiers. A cheap handle; when the last one is dropped, loads end
@@ -60,6 +65,7 @@ pub struct Store {
 struct Owner {
     shared: Arc<Shared>,
     threads: Option<ReadThreads>,
+    tee: Option<TeeThread>,
 }
 
 /// What an eviction that was asked for did.
@@ -89,6 +95,8 @@ impl StoreConfig {
             read_mode: ReadMode::Auto,
             opener: Arc::new(LocalFiles::default()),
             clock: Arc::new(move || origin.elapsed()),
+            remote: None,
+            ssd: None,
         }
     }
 }
@@ -118,12 +126,18 @@ impl Store {
             read_mode,
             opener,
             clock,
+            remote,
+            ssd,
         } = config;
-        let shared = Arc::new(Shared::new(pool, opener, read_mode, clock));
+        let (tee, start_tee) = Tee::new();
+        let tiers = Tiers { opener, remote, ssd: ssd.clone() };
+        let shared = Arc::new(Shared::new(pool, tiers, read_mode, clock, tee));
+        let tee = ssd.map(|ssd| start_tee(ssd, Arc::downgrade(&shared))).transpose();
+        let tee = tee.map_err(OpenError::Threads)?;
         let work: Arc<dyn Work> = Arc::new(Puller(Arc::clone(&shared)));
         let threads =
             ReadThreads::start(read_threads, &work, shared.wake.clone()).map_err(OpenError::Threads)?;
-        let owner = Arc::new(Owner { shared: Arc::clone(&shared), threads: Some(threads) });
+        let owner = Arc::new(Owner { shared: Arc::clone(&shared), threads: Some(threads), tee });
         Ok(Self { shared, _owner: owner })
     }
 
@@ -155,6 +169,23 @@ impl Store {
     /// [`LoadError::OutOfBudget`] when there isn't room for one chunk; `ChunkSize`; `Closed`.
     pub fn stream(&self, files: &CheckpointFiles, options: StreamOptions) -> Result<ChunkStream, LoadError> {
         ChunkStream::begin(&self.shared, files, options)
+    }
+
+    /// Begins to copy a model that is only remote to SSD, or joins the copy that is under way; watch how far it is. `None`:
+    /// there is no SSD tier, no room, or another process does it. Blocks for opening files.
+    ///
+    /// # Errors
+    /// [`LoadError::ChunkSize`].
+    pub fn copy(
+        &self,
+        files: &CheckpointFiles,
+        priority: Priority,
+    ) -> Result<Option<watch::Receiver<CopyProgress>>, LoadError> {
+        self.shared.check_chunks(files)?;
+        let Some(copy) = self.shared.ssd.as_ref().and_then(|ssd| ssd.copy(files)) else { return Ok(None) };
+        let progress = copy.progress();
+        self.shared.tee.complete(Wanted { copy, priority });
+        Ok(Some(progress))
     }
 
     /// Begins to bring a model to a device: chunks are copied as they become ready. Must be called on a runtime.
@@ -385,6 +416,7 @@ impl std::fmt::Debug for Store {
 impl Drop for Owner {
     fn drop(&mut self) {
         self.shared.close();
+        drop(self.tee.take());
         drop(self.threads.take());
     }
 }

@@ -30,6 +30,8 @@ pub struct StreamOptions {
 pub struct ChunkStream {
     job: JobId,
     files: CheckpointFiles,
+    /// Places of its chunks; `None`: all.
+    places: Option<Vec<usize>>,
     next: usize,
     progress: watch::Receiver<Progress>,
     shared: Arc<Shared>,
@@ -89,7 +91,31 @@ impl ChunkStream {
         let (job, slots, progress) = shared.begin_stream(files, priority, ring_chunks, fresh)?;
         let lease = Some(Arc::new(Lease { shared: Arc::clone(shared), slots }));
         let (shared, files) = (Arc::clone(shared), files.clone());
-        Ok(Self { job, files, next: 0, progress, shared, ring_chunks: slots, lease, report: None })
+        Ok(Self {
+            job,
+            files,
+            places: None,
+            next: 0,
+            progress,
+            shared,
+            ring_chunks: slots,
+            lease,
+            report: None,
+        })
+    }
+
+    /// The chunks at some places, in order, to complete a copy with: from memory or from below, whatever is known of them.
+    pub(crate) fn begin_some(
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+        priority: Priority,
+        ring_chunks: usize,
+        places: Vec<usize>,
+    ) -> Result<Self, LoadError> {
+        let (job, slots, progress) = shared.begin_fill(files, priority, ring_chunks, &places)?;
+        let lease = Some(Arc::new(Lease { shared: Arc::clone(shared), slots }));
+        let (shared, files, places) = (Arc::clone(shared), files.clone(), Some(places));
+        Ok(Self { job, files, places, next: 0, progress, shared, ring_chunks: slots, lease, report: None })
     }
 
     /// The next chunk in execution order; `None` after the last. Waits for a place in the ring: who holds as many
@@ -129,14 +155,18 @@ impl ChunkStream {
 
     fn take(&mut self) -> Option<StreamedChunk> {
         let lease = Arc::clone(self.lease.as_ref()?);
+        let place = match &self.places {
+            Some(places) => *places.get(self.next)?,
+            None => self.next,
+        };
         let (chunk, sum) = {
             let mut state = self.shared.lock();
             let Target::Ring(ring) = &mut state.jobs.get_mut(self.job)?.target else { return None };
-            ring.ready.remove(&self.next)?
+            ring.ready.remove(&place)?
         };
-        let at = self.files.order()[self.next];
+        let at = self.files.order()[place];
         self.next += 1;
-        if self.next == self.files.order().len() {
+        if self.next == self.places.as_ref().map_or(self.files.order().len(), Vec::len) {
             // It was the last: what is left is to check that the files are still the same.
             self.shared.wake.wake();
         }

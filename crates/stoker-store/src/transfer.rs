@@ -1,19 +1,22 @@
 //! What the reading threads do: open, read, check, read again.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use stoker_checkpoint::ChunkSum;
 use stoker_io::{
     ChunkBuf, ChunkPart, Filled, PinError, ReadDone, ReadError, ReadMode, ReadOp, Reader, Task, Work,
 };
+use stoker_types::Tier;
 
 use crate::{
-    error::{LoadError, identity},
+    error::{LoadError, identity, unreadable},
     files::{CheckpointFiles, SourceFile},
     hash,
     job::{Assignment, ChunkRead, JobId},
     shared::Shared,
+    source::{FileSource, PartSource, Ticket},
+    ssd::SsdCopy,
 };
 
 /// Gives reading threads their work.
@@ -24,7 +27,14 @@ pub(crate) struct ChunkTransfer {
     job: JobId,
     files: CheckpointFiles,
     position: usize,
+    tier: Tier,
     reader: Arc<dyn Reader>,
+    /// The tier below: what is wrong or can't be read above is read from there.
+    below: Option<Arc<dyn Reader>>,
+    /// The copy on SSD that it goes to as it passes.
+    copy: Option<Arc<SsdCopy>>,
+    /// Whether it is to stay in memory.
+    stays: bool,
     expected: Option<ChunkSum>,
     parts: Mutex<PartsRead>,
 }
@@ -34,12 +44,17 @@ struct PartsRead {
     sums: Vec<ChunkSum>,
     read_time: Duration,
     sum_time: Duration,
+    /// A part could not be read.
+    failed: bool,
+    ticket: Option<Ticket>,
 }
 
 /// What reading a whole chunk took and found.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ChunkFilled {
     pub(crate) sum: ChunkSum,
+    /// Where it came from.
+    pub(crate) tier: Tier,
     pub(crate) read_time: Duration,
     pub(crate) sum_time: Duration,
 }
@@ -82,13 +97,15 @@ impl Work for Puller {
             })),
             Assignment::Read(read) => Some(Box::new(move || begin(shared, read))),
             Assignment::Part(part) => Some(Box::new(move || part.read(shared))),
-            Assignment::Check { job, files, readers, to_hash } => Some(Box::new(move || {
+            Assignment::Check { job, files, sources, to_hash } => Some(Box::new(move || {
                 let step = Step::begin(&shared, job, &files);
                 let hashed =
                     to_hash.map_or(Ok(()), |chunks| hash::check(&files, chunks, || shared.goes_on(job)));
                 // A file that was written to is not called wrong.
-                let same =
-                    files.files().iter().zip(&readers).try_for_each(|(file, reader)| same(file, &**reader));
+                let same = files.files().iter().zip(&sources).try_for_each(|(file, source)| {
+                    // Reads of objects are pinned to their version, each of them.
+                    source.local.as_ref().map_or(Ok(()), |reader| same(file, &**reader))
+                });
                 step.end();
                 shared.finished(job, same.and(hashed));
             })),
@@ -100,7 +117,7 @@ impl Work for Puller {
 
 /// Prepares a chunk's slot, offers its parts but the first to the other threads, and reads that.
 fn begin(shared: Arc<Shared>, read: ChunkRead) {
-    let ChunkRead { job, files, position, reader, expected, buf } = read;
+    let ChunkRead { job, files, position, tier, reader, below, ticket, copy, stays, expected, buf } = read;
     let len = usize::try_from(files.chunk_len(files.order()[position])).unwrap_or(buf.len());
     // Before the read: pinning makes the memory that the read would.
     buf.populate(len);
@@ -112,8 +129,12 @@ fn begin(shared: Arc<Shared>, read: ChunkRead) {
         sums: vec![ChunkSum::of(&[]); parts.len()],
         read_time: Duration::ZERO,
         sum_time: Duration::ZERO,
+        failed: false,
+        ticket,
     };
-    let chunk = ChunkTransfer { job, files, position, reader, expected, parts: Mutex::new(read) };
+    let parts_read = Mutex::new(read);
+    let chunk =
+        ChunkTransfer { job, files, position, tier, reader, below, copy, stays, expected, parts: parts_read };
     let chunk = Arc::new(chunk);
     let mut parts = parts.into_iter().enumerate().map(|(index, part)| PartRead {
         chunk: Arc::clone(&chunk),
@@ -132,7 +153,7 @@ impl PartRead {
         let Self { chunk, index, part } = self;
         let metered = chunk.reader.choice().is_from_medium();
         if metered {
-            shared.read_begins();
+            shared.read_begins(chunk.tier);
         }
         let begin = part.start();
         let len = chunk.len().min(begin + part.len()).saturating_sub(begin);
@@ -151,7 +172,13 @@ impl Flight {
         self.end_metering(if result.is_ok() { len as u64 } else { 0 });
         let filled = match result {
             Ok(filled) => filled,
-            Err(source) => return self.failed(buf, source),
+            Err(source) if self.chunk.below.is_none() => return self.failed(buf, source),
+            Err(source) => {
+                let path = self.chunk.shown();
+                tracing::warn!(path = %path.display(), %source, "a read failed; the tier below has the chunk too");
+                self.chunk.parts.lock().failed = true;
+                return self.part_is_in(buf);
+            }
         };
         let sum = sum_of(&filled, &buf, len);
         {
@@ -160,6 +187,10 @@ impl Flight {
             parts.read_time += filled.read_time;
             parts.sum_time += filled.sum_time;
         }
+        self.part_is_in(buf);
+    }
+
+    fn part_is_in(mut self, buf: ChunkPart) {
         match buf.rejoin() {
             // Others are at their parts, or one of them has failed.
             None => self.settled = true,
@@ -169,11 +200,55 @@ impl Flight {
 
     /// All parts have been read.
     fn whole(self, buf: ChunkBuf) {
+        if self.chunk.parts.lock().failed {
+            return self.refetch(buf);
+        }
         let filled = self.chunk.filled();
         let found = filled.sum;
         match self.chunk.expected {
+            Some(expected) if expected != found && self.chunk.below.is_some() => {
+                let path = self.chunk.shown();
+                let offset = self.chunk.offset();
+                tracing::warn!(path = %path.display(), offset, %expected, %found, "a chunk's sum is wrong on SSD; it is fetched again");
+                self.refetch(buf);
+            }
             Some(expected) if expected != found => self.again(buf, expected, found),
             _ => self.arrived(buf, &filled, false),
+        }
+    }
+
+    /// What SSD has is of no use: the chunk is read from the tier below.
+    fn refetch(self, buf: ChunkBuf) {
+        let Some(reader) = self.chunk.below.clone() else { return };
+        metrics::counter!("stoker_store_refetches_total").increment(1);
+        match &self.chunk.copy {
+            Some(copy) => copy.forget(self.chunk.at()),
+            None => self.shared.tee.damaged(&self.chunk.files.key().name),
+        }
+        let (offset, len) = (self.chunk.offset(), self.chunk.len());
+        let op = ReadOp { buf: buf.into(), offset, len, sum: true };
+        reader.read(op, Box::new(move |done| self.refetched(done)));
+    }
+
+    fn refetched(self, ReadDone { buf, result }: ReadDone) {
+        let filled = match result {
+            Ok(filled) => filled,
+            Err(source) => {
+                let error = unreadable(self.chunk.remote(), self.chunk.offset(), source);
+                return self.fail(buf, error);
+            }
+        };
+        let sum = sum_of(&filled, &buf, self.chunk.len());
+        if let Some(expected) = self.chunk.expected.filter(|expected| *expected != sum) {
+            let (path, chunk, offset) = (self.chunk.remote(), self.chunk.at().index, self.chunk.offset());
+            let found = self.chunk.filled().sum;
+            return self.fail(buf, LoadError::Corrupt { path, chunk, offset, expected, found, again: sum });
+        }
+        let Filled { read_time, sum_time, .. } = filled;
+        let read = ChunkFilled { sum, tier: Tier::Remote, read_time, sum_time };
+        // Dropped without it, the flight fails its job.
+        if let Some(buf) = buf.rejoin() {
+            self.arrived(buf, &read, true);
         }
     }
 
@@ -181,7 +256,13 @@ impl Flight {
     fn again(self, buf: ChunkBuf, expected: ChunkSum, found: ChunkSum) {
         let file = self.chunk.file().clone();
         let offset = self.chunk.offset();
-        tracing::warn!(path = %file.path.display(), offset, %expected, %found, "a chunk's sum is wrong, reading again");
+        let shown = self.chunk.shown();
+        tracing::warn!(path = %shown.display(), offset, %expected, %found, "a chunk's sum is wrong, reading again");
+        if self.chunk.tier == Tier::Remote {
+            let reader = Arc::clone(&self.chunk.reader);
+            let op = ReadOp { buf: buf.into(), offset, len: self.chunk.len(), sum: true };
+            return reader.read(op, Box::new(move |done| self.second(done, expected, found)));
+        }
         // A file that was written to is not corrupt.
         if let Err(error) = same(&file, &*self.chunk.reader) {
             return self.fail(buf.into(), error);
@@ -206,7 +287,7 @@ impl Flight {
             Ok(filled) => filled,
             Err(source) => return self.failed(buf, source),
         };
-        let path = self.chunk.file().path.clone();
+        let path = self.chunk.shown();
         let offset = self.chunk.offset();
         let again = sum_of(&filled, &buf, self.chunk.len());
         if again != expected {
@@ -214,7 +295,8 @@ impl Flight {
             return self.fail(buf, LoadError::Corrupt { path, chunk, offset, expected, found, again });
         }
         tracing::error!(path = %path.display(), offset, wrong = %found, "right only when read again: suspect disk or memory");
-        let read = ChunkFilled { sum: again, read_time: filled.read_time, sum_time: filled.sum_time };
+        let Filled { read_time, sum_time, .. } = filled;
+        let read = ChunkFilled { sum: again, tier: self.chunk.tier, read_time, sum_time };
         // Dropped without it, the flight fails its job.
         if let Some(buf) = buf.rejoin() {
             self.arrived(buf, &read, true);
@@ -223,17 +305,30 @@ impl Flight {
 
     fn arrived(mut self, buf: ChunkBuf, read: &ChunkFilled, again: bool) {
         self.settled = true;
-        let kind = self.chunk.reader.choice().kind;
-        metrics::counter!("stoker_store_read_bytes_total", "tier" => "ssd", "reader" => kind.name())
+        let (tier, reader) = match read.tier {
+            Tier::Remote => ("remote", "remote"),
+            _ => ("ssd", self.chunk.reader.choice().kind.name()),
+        };
+        metrics::counter!("stoker_store_read_bytes_total", "tier" => tier, "reader" => reader)
             .increment(self.chunk.len() as u64);
         if again {
             metrics::counter!("stoker_store_rereads_total").increment(1);
         }
-        self.shared.arrived(self.chunk.job, self.chunk.position, buf, read, again);
+        let chunk = buf.freeze(self.chunk.len());
+        if let Some(copy) = self.chunk.copy.as_ref().filter(|_| read.tier == Tier::Remote) {
+            self.shared.tee.pass(copy, self.chunk.at(), read.sum, &chunk, self.chunk.stays);
+        }
+        // Before whoever is woken looks for it.
+        drop(self.chunk.parts.lock().ticket.take());
+        self.shared.arrived(self.chunk.job, self.chunk.position, chunk, read, again);
     }
 
     fn failed(self, buf: ChunkPart, source: ReadError) {
         let file = self.chunk.file();
+        if self.chunk.tier == Tier::Remote || file.origin.as_ref().is_some_and(|origin| origin.header_only) {
+            let error = unreadable(self.chunk.shown(), self.chunk.offset(), source);
+            return self.fail(buf, error);
+        }
         // A file that ends early has most likely been replaced: then that is what to say.
         let error = match same(file, &*self.chunk.reader) {
             Err(changed) => changed,
@@ -245,13 +340,14 @@ impl Flight {
     fn fail(mut self, buf: ChunkPart, error: LoadError) {
         // First, so that whoever learns of the failure finds the slot free, unless others still read into it.
         drop(buf);
+        drop(self.chunk.parts.lock().ticket.take());
         self.settled = true;
         self.shared.fail(self.chunk.job, error);
     }
 
     fn end_metering(&mut self, bytes: u64) {
         if std::mem::take(&mut self.metered) {
-            self.shared.read_ended(bytes);
+            self.shared.read_ended(self.chunk.tier, bytes);
         }
     }
 }
@@ -276,6 +372,21 @@ impl ChunkTransfer {
         self.files.file_of(self.at())
     }
 
+    /// Where it is read from, for people.
+    fn shown(&self) -> PathBuf {
+        match (self.tier, &self.copy) {
+            (Tier::Remote, _) => self.remote(),
+            (_, Some(copy)) => copy.part(self.at().file as usize).to_owned(),
+            _ => self.file().path.clone(),
+        }
+    }
+
+    /// Where the tier below has it, for people.
+    fn remote(&self) -> PathBuf {
+        let file = self.file();
+        file.origin.as_ref().map_or_else(|| file.path.clone(), |origin| origin.object.url.clone().into())
+    }
+
     /// First byte in the file.
     fn offset(&self) -> u64 {
         self.files.offset(self.at())
@@ -297,6 +408,7 @@ impl ChunkTransfer {
         let sum = sums.reduce(|(sum, len), (next, more)| (sum.then(next, more as u64), len + more));
         ChunkFilled {
             sum: sum.map_or(ChunkSum::of(&[]), |(sum, _)| sum),
+            tier: self.tier,
             read_time: parts.read_time,
             sum_time: parts.sum_time,
         }
@@ -324,20 +436,60 @@ impl Drop for Step<'_> {
     }
 }
 
+/// What a model's chunks can be read from.
+pub(crate) struct Opened {
+    /// By file.
+    pub(crate) sources: Vec<FileSource>,
+    /// The copy on SSD that is to become whole.
+    pub(crate) copy: Option<Arc<SsdCopy>>,
+}
+
 /// Opens all files of a model, each known to be the one that was indexed.
-fn open(shared: &Shared, files: &CheckpointFiles, mode: ReadMode) -> Result<Vec<Arc<dyn Reader>>, LoadError> {
-    let open_one = |file: &SourceFile| {
-        let reader = shared.opener.open(&file.path, mode).map_err(|source| {
-            if source.kind() == std::io::ErrorKind::NotFound {
-                LoadError::Changed { path: file.path.clone(), was: file.identity, is: None }
-            } else {
-                LoadError::Open { path: file.path.clone(), source: Arc::new(source) }
+fn open(shared: &Shared, files: &CheckpointFiles, mode: ReadMode) -> Result<Opened, LoadError> {
+    if let (Some(ssd), true) = (&shared.ssd, files.object().is_some()) {
+        ssd.used(&files.key().name);
+    }
+    let copy = shared.ssd.as_ref().and_then(|ssd| ssd.copy(files));
+    let sources = files.files().iter().enumerate().map(|(index, file)| {
+        let remote = match (&file.origin, &shared.remote) {
+            (Some(origin), Some(remote)) => {
+                let opened = remote.open(&origin.object);
+                Some(opened.map_err(|e| unreadable(origin.object.url.clone().into(), 0, e))?)
             }
-        })?;
-        same(file, &*reader)?;
-        Ok(reader)
-    };
-    files.files().iter().map(open_one).collect()
+            _ => None,
+        };
+        if let Some(origin) = file.origin.as_ref().filter(|origin| origin.header_only) {
+            let part = copy.as_ref().and_then(|copy| {
+                let reader = shared.opener.open(copy.part(index), mode).ok()?;
+                Some(PartSource { copy: Arc::clone(copy), reader })
+            });
+            if remote.is_none() && copy.as_ref().is_none_or(|copy| !copy.missing().is_empty()) {
+                return Err(LoadError::NoRemote { url: origin.object.url.clone() });
+            }
+            return Ok(FileSource { local: None, copy: part, remote });
+        }
+        match (open_local(shared, file, mode), remote) {
+            (Ok(local), remote) => Ok(FileSource { local: Some(local), copy: None, remote }),
+            (Err(error), Some(remote)) => {
+                tracing::warn!(path = %file.path.display(), %error, "read from where it came from instead");
+                Ok(FileSource { local: None, copy: None, remote: Some(remote) })
+            }
+            (Err(error), None) => Err(error),
+        }
+    });
+    Ok(Opened { sources: sources.collect::<Result<_, _>>()?, copy })
+}
+
+fn open_local(shared: &Shared, file: &SourceFile, mode: ReadMode) -> Result<Arc<dyn Reader>, LoadError> {
+    let reader = shared.opener.open(&file.path, mode).map_err(|source| {
+        if source.kind() == std::io::ErrorKind::NotFound {
+            LoadError::Changed { path: file.path.clone(), was: file.identity, is: None }
+        } else {
+            LoadError::Open { path: file.path.clone(), source: Arc::new(source) }
+        }
+    })?;
+    same(file, &*reader)?;
+    Ok(reader)
 }
 
 /// Whether an open file is the one that was indexed.

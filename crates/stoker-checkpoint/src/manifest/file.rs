@@ -16,7 +16,8 @@ use serde::{
 use stoker_types::FileChange;
 
 use super::{
-    CHUNK_BYTES, ChunkSum, FileIdentity, Format, MANIFEST_VERSION, Manifest, Source, TokenizerFiles, Trust,
+    CHUNK_BYTES, ChunkSum, FileIdentity, Format, MANIFEST_VERSION, Manifest, Origin, Source, TokenizerFiles,
+    Trust,
 };
 use crate::{CheckpointError, ModelConfig, error::shown, gguf, json, names};
 
@@ -50,6 +51,9 @@ pub struct FileSummary {
     pub path: PathBuf,
     /// Length, time and inode when it was indexed.
     pub identity: FileIdentity,
+    /// Where it came from, when it can be had again from there.
+    #[serde(default)]
+    pub origin: Option<Origin>,
 }
 
 /// Length, modification time and inode of a file, symbolic links followed.

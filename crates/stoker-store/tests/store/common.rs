@@ -92,6 +92,7 @@ pub(crate) fn describe(name: &str, paths: &[PathBuf], content: &[Vec<u8>], trust
                 _ => Vec::new(),
             },
             sha256: (trust == Trust::File).then(|| sha256(content)),
+            origin: None,
         })
         .collect();
     CheckpointFiles::new(ModelName::new(name).unwrap(), files, trust, CHUNK as u64, []).unwrap()

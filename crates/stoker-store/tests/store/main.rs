@@ -8,3 +8,4 @@ mod common;
 mod load;
 mod soak;
 mod stress;
+mod tiers;
