@@ -86,7 +86,7 @@ def test_a_replaced_file_is_indexed_anew(gguf, tmp_path):
         status, body, headers = server.post(*ask)
         assert status == 503 and body["error"]["code"] == "model_changed", body
         assert "copy.gguf" in body["error"]["message"]
-        assert "changed on disk since it was added" in body["error"]["message"]
+        assert "changed since it was added" in body["error"]["message"]
         assert headers["retry-after"] == "1" and "x-should-retry" not in headers
         status, body, _ = server.post(*ask)
         assert status == 200, body

@@ -68,6 +68,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         pool_bytes: ByteSize::mib(96),
         kv_bytes_per_token: ByteSize::kib(45),
         context_trained: 8192,
+        weights_on: stoker_types::Tier::Ssd,
     };
     let config = Config::new(Budgets { dram: ByteSize::gib(1), kv: ByteSize::gib(4), slots: 4 });
     let node = Arc::new(Instant { events: broadcast::Sender::new(16) });

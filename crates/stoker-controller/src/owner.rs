@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use stoker_types::{InstanceId, NodeEvent, NodeSnapshot, StartFailure, Started, StopFailure, Tier, clock};
+use stoker_types::{InstanceId, NodeEvent, NodeSnapshot, StartFailure, Started, StopFailure, clock};
 use tokio::{
     sync::broadcast::error::RecvError,
     task::{Id, JoinError, JoinHandle, JoinSet},
@@ -261,12 +261,12 @@ impl Owner {
                 self.due();
             }
             NodeEvent::ResidencyChanged => self.due(),
-            NodeEvent::Measured { model, bytes, time } => {
+            NodeEvent::Measured { model, tier, bytes, time } => {
                 let mut state = self.shared.state.lock();
                 // A start reports its own load: counted once.
                 let starts = state.key(&model).is_some_and(|key| !state.model(key).instances.is_empty());
                 if !starts {
-                    state.estimator.observe_copy(Tier::Ssd, &model, bytes, time, now);
+                    state.estimator.observe_copy(tier, &model, bytes, time, now);
                 }
             }
         }

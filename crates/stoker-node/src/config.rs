@@ -65,6 +65,10 @@ pub trait Catalog: Send + Sync + 'static {
     /// made for (the next lookup finds the new ones); [`StartFailure::Read`].
     fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure>;
 
+    /// A remote store has another version of the model's objects than the one that [`Catalog::lookup`] knows: the next
+    /// lookup must find the new one.
+    fn outdated(&self, model: &ModelName);
+
     /// A load computed the chunk sums of a model that had none: one list for each of its files. May block.
     fn learned(&self, model: &ModelName, sums: Vec<Vec<ChunkSum>>);
 }

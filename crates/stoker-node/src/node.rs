@@ -368,18 +368,27 @@ impl Node {
                 let words = format!("for its weights; {mapped} of {budget} are in use");
                 return Err(self.out_of_memory(model, needed, free, words).await);
             }
-            Err(error) => return Err(start_failure(model, error)),
+            Err(error) => {
+                if matches!(error, LoadError::ObjectChanged { .. }) {
+                    self.inner.catalog.outdated(model);
+                }
+                return Err(start_failure(model, error));
+            }
         };
         if !resident.joined() {
             let report = resident.report();
-            let bytes = report.bytes_from(Tier::Ssd);
-            if bytes > ByteSize::ZERO {
+            for (tier, name) in [(Tier::Remote, "remote"), (Tier::Ssd, "ssd")] {
+                let bytes = report.bytes_from(tier);
+                if bytes == ByteSize::ZERO {
+                    continue;
+                }
                 self.inner.fleet.tell(NodeEvent::Measured {
                     model: model.clone(),
+                    tier,
                     bytes,
                     time: report.total,
                 });
-                metrics::counter!("stoker_node_bytes_read_total", "tier" => "ssd").increment(bytes.bytes());
+                metrics::counter!("stoker_node_bytes_read_total", "tier" => name).increment(bytes.bytes());
             }
             if let Some(sums) = report.learned.clone() {
                 let (catalog, model) = (Arc::clone(&self.inner.catalog), model.clone());
@@ -469,9 +478,13 @@ fn file_slots(resident: &Resident) -> Vec<FileSlots> {
 /// `ended`: when the worker had the model.
 fn timeline(report: &LoadReport, map: Duration, init: Duration, ended: Duration) -> Timeline {
     let mut timeline = Timeline { phases: Vec::new(), bytes: report.bytes.clone() };
-    if report.bytes_from(Tier::Ssd) > ByteSize::ZERO {
-        timeline.record(Phase::SsdRead, None, report.total);
-        timeline.place(Phase::SsdRead, Period::until(report.ended, report.total));
+    let read = |(tier, _): &(Tier, Phase)| report.bytes_from(*tier) > ByteSize::ZERO;
+    let phases = [(Tier::Remote, Phase::RemoteRead), (Tier::Ssd, Phase::SsdRead)];
+    for (_, phase) in phases.into_iter().filter(read) {
+        timeline.record(phase, None, report.total);
+        timeline.place(phase, Period::until(report.ended, report.total));
+    }
+    if phases.iter().any(read) {
         // On the reading threads, each chunk while others are read.
         timeline.record(Phase::Verify, None, report.verify_thread_time);
         timeline.place(Phase::Verify, Period::until(report.ended, report.transfer));
@@ -492,6 +505,11 @@ fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
             file: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             // The same again by now: it was written to meanwhile.
             change: was.change(is.as_ref()).unwrap_or(FileChange::Written),
+        },
+        LoadError::ObjectChanged { url, .. } => StartFailure::Changed {
+            model,
+            file: url.rsplit('/').next().unwrap_or_default().to_owned(),
+            change: FileChange::Object,
         },
         LoadError::Corrupt { .. } | LoadError::WrongHash { .. } => StartFailure::Corrupt { model, detail },
         LoadError::Cancelled | LoadError::Closed => StartFailure::Cancelled { model },

@@ -69,6 +69,16 @@ pub enum RegistryError {
         /// What was tried, in order.
         attempts: Vec<Attempt>,
     },
+    /// A remote source doesn't give the model's index.
+    #[error("`{name}` can't be had from {source_uri}: {error}")]
+    Remote {
+        /// Which model.
+        name: ModelName,
+        /// Where it should come from.
+        source_uri: String,
+        /// Why it doesn't.
+        error: Box<SourceError>,
+    },
     /// The disk is full. What was under way is removed.
     #[error("{}: the disk is full: {} more needed, {} free", path.display(), needed, free)]
     DiskFull {
@@ -182,6 +192,9 @@ pub enum SourceError {
         /// What is there.
         problem: String,
     },
+    /// A remote store.
+    #[error(transparent)]
+    Remote(Box<stoker_remote::RemoteError>),
     /// The files arrived and are no model.
     #[error(transparent)]
     NotAModel(#[from] CheckpointError),

@@ -88,37 +88,13 @@ impl Default for RemoteConfig {
     }
 }
 
-/// An HTTP client: TLS by rustls with the system's certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` are honoured), proxies
-/// from the environment, no redirects.
+/// An HTTP client as [`stoker_remote::http_client`] makes it, without redirects.
 ///
 /// # Errors
 /// [`SourceError::Malformed`] when the TLS library can't be set up.
 pub fn http_client(connect_timeout: Duration) -> Result<Client, SourceError> {
-    let setup = |what: &'static str| {
-        move |e: &dyn std::fmt::Display| SourceError::Malformed {
-            what: what.to_owned(),
-            problem: e.to_string(),
-        }
-    };
-    let mut roots = rustls::RootCertStore::empty();
-    let native = rustls_native_certs::load_native_certs();
-    for error in &native.errors {
-        tracing::debug!(%error, "a certificate store can't be read");
-    }
-    roots.add_parsable_certificates(native.certs);
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| setup("TLS")(&e))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Client::builder()
-        .tls_backend_preconfigured(tls)
-        .user_agent(concat!("stoker/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(connect_timeout)
-        .redirect(Policy::none())
-        .build()
-        .map_err(|e| setup("HTTP client")(&e))
+    stoker_remote::http_client(connect_timeout, Policy::none())
+        .map_err(|e| SourceError::Malformed { what: "HTTP".to_owned(), problem: e.to_string() })
 }
 
 // === impl Remote ===

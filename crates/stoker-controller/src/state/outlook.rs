@@ -76,11 +76,16 @@ impl State {
     ) -> StartEstimate {
         let facts = &self.model(key).facts;
         let resident = self.residency.get(&facts.model).copied().unwrap_or_default();
+        let missing = facts.weight_bytes.saturating_sub(resident);
+        let (remote_bytes, ssd_bytes) = match facts.weights_on {
+            Tier::Remote => (missing, ByteSize::ZERO),
+            _ => (ByteSize::ZERO, missing),
+        };
         let need = LoadNeed {
             model: &facts.model,
             weight_bytes: facts.weight_bytes,
-            remote_bytes: ByteSize::ZERO,
-            ssd_bytes: facts.weight_bytes.saturating_sub(resident),
+            remote_bytes,
+            ssd_bytes,
             prompt_tokens,
         };
         self.estimator.start(&need, &self.ahead(now), room, now)

@@ -66,6 +66,7 @@ pub(crate) fn model(text: &str, pool: u64) -> ModelFacts {
         pool_bytes: ByteSize::mib(pool),
         kv_bytes_per_token: ByteSize::kib(1),
         context_trained: 1024,
+        weights_on: stoker_types::Tier::Ssd,
     }
 }
 

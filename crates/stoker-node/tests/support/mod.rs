@@ -46,6 +46,8 @@ impl Catalog for Models {
         self.0.get(model).cloned().ok_or_else(|| StartFailure::UnknownModel { model: model.clone() })
     }
 
+    fn outdated(&self, _: &ModelName) {}
+
     fn learned(&self, _: &ModelName, _: Vec<Vec<ChunkSum>>) {}
 }
 
@@ -118,6 +120,7 @@ pub(crate) fn noise_model(dir: &std::path::Path, file: &str, len: u64) -> Manife
                 inode: meta.ino(),
             },
             sha256: None,
+            origin: None,
             chunk_sums: vec![],
         }],
         tensors: vec![],

@@ -40,6 +40,9 @@ pub(crate) fn check(config: &Config, output: Output) -> anyhow::Result<()> {
         row("reader", &config.reader, |reader| reader.name().to_owned()),
         row("dram", &config.dram, ToString::to_string),
         row("kv", &config.kv, ToString::to_string),
+        row("ssd", &config.ssd, |ssd| {
+            ssd.map_or("80 % of the disk, 10 % and 20 GiB stay free".to_owned(), |ssd| ssd.to_string())
+        }),
         row("threads", &config.threads, ToString::to_string),
         row("workers", &config.workers, ToString::to_string),
         row("keep_alive", &config.keep_alive, ToString::to_string),

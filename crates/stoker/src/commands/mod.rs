@@ -1,6 +1,7 @@
 //! One module per command, or per family of them.
 
 pub(crate) mod bench;
+pub(crate) mod cache;
 pub(crate) mod chat;
 pub(crate) mod config;
 pub(crate) mod demo;

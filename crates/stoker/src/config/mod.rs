@@ -7,6 +7,7 @@ mod dirs;
 mod file;
 mod memory;
 mod reader;
+mod tiers;
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
@@ -16,6 +17,8 @@ use stoker_types::{ByteSize, KeepAlive, ModelName, ModelSettings, QueueLimits};
 pub(crate) use dirs::Dirs;
 pub(crate) use file::{ConfigFile, ModelEntry};
 pub(crate) use reader::ReaderSetting;
+use tiers::store_settings;
+pub(crate) use tiers::{RemoteTable, SsdDirEntry};
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -50,6 +53,7 @@ pub(crate) const VARIABLES: &[&str] = &[
     "STOKER_OFFLINE",
     "STOKER_DRAM",
     "STOKER_KV",
+    "STOKER_SSD",
     "STOKER_RUNTIME_DIR",
 ];
 
@@ -113,6 +117,11 @@ pub(crate) struct Config {
     pub(crate) shutdown_grace_s: Setting<u64>,
     /// Models that the file names.
     pub(crate) entries: BTreeMap<ModelName, ModelEntry>,
+    /// What copies of remote models may take where models are kept; `None`: 80 % of the disk, as long as a tenth of it and
+    /// 20 GiB stay free.
+    pub(crate) ssd: Setting<Option<ByteSize>>,
+    pub(crate) ssd_dirs: Vec<SsdDirEntry>,
+    pub(crate) remote_limits: RemoteTable,
     pub(crate) remote: RemoteEnvironment,
     pub(crate) telemetry: TelemetryEnvironment,
 }
@@ -133,6 +142,8 @@ pub(crate) struct RemoteEnvironment {
     pub(crate) hf_endpoint: Option<String>,
     pub(crate) hf_token: Option<String>,
     pub(crate) python_index: Option<String>,
+    /// How stores are reached, see [`store_settings`].
+    pub(crate) stores: Vec<(String, String)>,
 }
 
 /// What the environment says about OpenTelemetry. What isn't here the library reads itself.
@@ -195,6 +206,20 @@ impl Environment {
     /// A variable that is set and not empty.
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    /// Every variable.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .filter(|(_, value)| !value.is_empty())
+    }
+
+    /// An environment of these variables.
+    #[cfg(test)]
+    pub(crate) fn from_pairs(pairs: &[(&str, &str)]) -> Self {
+        Self(pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect())
     }
 
     fn parsed<T: FromStr<Err: fmt::Display>>(&self, name: &'static str) -> Result<Option<T>, ConfigError> {
@@ -310,6 +335,9 @@ impl Config {
             hosts,
             dram,
             kv,
+            ssd,
+            ssd_dirs,
+            remote,
             threads,
             workers,
             reader,
@@ -385,11 +413,20 @@ impl Config {
             wait_s: Setting::settle(None, None, wait_s, || 120),
             other_model_wait_s: Setting::settle(None, None, other_model_wait_s, || 15),
             shutdown_grace_s: Setting::settle(None, None, shutdown_grace_s, || 30),
+            ssd: Setting::settle(
+                None,
+                environment.parsed("STOKER_SSD")?.map(|v| ("STOKER_SSD", Some(v))),
+                ssd.map(Some),
+                || None,
+            ),
+            ssd_dirs,
+            remote_limits: remote,
             entries: models,
             remote: RemoteEnvironment {
                 hf_endpoint: environment.get("HF_ENDPOINT").map(Into::into),
                 hf_token: environment.get("HF_TOKEN").map(Into::into),
                 python_index: environment.get("PIP_INDEX_URL").map(Into::into),
+                stores: store_settings(environment),
             },
             telemetry: TelemetryEnvironment::of(environment),
         };

@@ -3,15 +3,22 @@
 use std::{ffi::OsString, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use stoker_io::PoolMemory;
+use stoker_io::{OpenRemote, PoolMemory};
 use stoker_node::{Keeper, KeeperConfig, RuntimeDir, open_store};
-use stoker_store::{Store, StoreConfig};
+use stoker_store::{SsdTier, Store, StoreConfig};
 use stoker_types::ByteSize;
 
 use crate::{config::Config, library::Library};
 
 /// What workers of a killed server get to end by themselves: those that can do so in milliseconds.
 const WORKERS_END: Duration = Duration::from_secs(2);
+
+/// The tiers below the disk's files.
+pub(super) struct Below {
+    /// `None`: no network is to be used.
+    pub(super) remote: Option<Arc<dyn OpenRemote>>,
+    pub(super) ssd: SsdTier,
+}
 
 /// A store, and who keeps its memory.
 pub(super) struct Opened {
@@ -30,6 +37,7 @@ pub(super) async fn open(
     runtime: &RuntimeDir,
     workers: &[OsString],
     library: &Library,
+    below: Below,
     kept: bool,
 ) -> anyhow::Result<Opened> {
     let executable = std::env::current_exe().context("finding the keeper's executable")?;
@@ -47,6 +55,8 @@ pub(super) async fn open(
         let store_config = StoreConfig {
             read_mode: config.reader.value.mode(),
             opener: Arc::new(config.reader.value.files()),
+            remote: below.remote,
+            ssd: Some(below.ssd),
             ..StoreConfig::new(budgets.dram)
         };
         let store = match &keeper {

@@ -24,6 +24,9 @@ use crate::{config::Config, library::Library};
 /// How often old samples of histograms are folded, so that their memory stays bounded.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
+/// How long a start waits for the index of models that are only remote; the rest comes later.
+const INDEX_WAIT: Duration = Duration::from_secs(3);
+
 /// What workers without streams get to end by themselves.
 const WORKERS_END: Duration = Duration::from_secs(1);
 
@@ -70,6 +73,15 @@ impl Server {
         let address = listener.local_addr()?;
 
         let runtime = RuntimeDir::claim(&config.dirs.runtime)?;
+        let ssd = library.ssd_tier(config)?;
+        let remote: Option<Arc<dyn stoker_io::OpenRemote>> =
+            if library.is_online() { Some(Arc::new(library.access()?.stores)) } else { None };
+        library.index_all(INDEX_WAIT).await;
+        {
+            // What an earlier server left half-done is gone on with, or of no more use.
+            let (ssd, library) = (ssd.clone(), library.clone());
+            drop(tokio::task::spawn_blocking(move || ssd.collect(None, |left| library.wants(left))));
+        }
         let executable = std::env::current_exe().context("finding the worker's executable")?;
         let mut command = vec![executable.into_os_string(), "worker".into()];
         command.extend(["--threads".into(), config.threads.value.to_string().into()]);
@@ -77,7 +89,8 @@ impl Server {
             command.push("--standin".into());
         }
         let memory::Opened { store, keeper, dram, kv } =
-            memory::open(config, &runtime, &command, &library, variant.kept).await?;
+            memory::open(config, &runtime, &command, &library, memory::Below { remote, ssd }, variant.kept)
+                .await?;
         let slots = NonZeroU32::new(config.workers.value).unwrap_or(NonZeroU32::MIN);
         let workers = WorkerConfig {
             threads: config.threads.value,

@@ -23,7 +23,7 @@ use super::{
     synth, to_device,
 };
 use crate::{
-    cli::{BenchDevice, BenchLoadArgs},
+    cli::{BenchDevice, BenchFrom, BenchLoadArgs, BenchTier},
     config::ReaderSetting,
     output::Output,
 };
@@ -293,7 +293,7 @@ async fn on_devices(
     output: Output,
 ) -> anyhow::Result<()> {
     let options = to_device::Options {
-        tier: args.tier,
+        tier: if args.tier == BenchFrom::Dram { BenchTier::Dram } else { BenchTier::Ssd },
         runs: args.runs,
         warm: args.warm,
         ring: args.ring,
@@ -337,7 +337,8 @@ fn files(
     let name = ModelName::new("bench")?;
     let plain = |path: &Path| -> anyhow::Result<CheckpointFiles> {
         let identity = identity_of(path)?;
-        let file = SourceFile { path: path.into(), identity, chunk_sums: Vec::new(), sha256: None };
+        let file =
+            SourceFile { path: path.into(), identity, chunk_sums: Vec::new(), sha256: None, origin: None };
         Ok(CheckpointFiles::new(name.clone(), vec![file], Trust::None, CHUNK_BYTES, [])?)
     };
     if let Some(size) = args.model.strip_prefix("synth:") {

@@ -4,6 +4,7 @@
 
 pub(crate) mod ablation;
 pub(crate) mod engine;
+pub(crate) mod from_remote;
 pub(crate) mod load;
 pub(crate) mod overhead;
 mod plot;
