@@ -195,7 +195,7 @@ impl Lent {
             let len = lent.get(path).map_or(0, |held| held.stamp.len);
             let identity = FileIdentity { len, mtime_ns: 0, inode: self.number };
             // The node has checked every byte.
-            SourceFile { path: path.clone(), identity, chunk_sums: Vec::new(), sha256: None }
+            SourceFile { path: path.clone(), identity, chunk_sums: Vec::new(), sha256: None, origin: None }
         };
         self.paths.iter().map(source).collect()
     }

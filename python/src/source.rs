@@ -259,7 +259,7 @@ impl Checkpoint {
 
     /// A file of which no sum is known.
     fn push(&mut self, path: PathBuf, identity: FileIdentity) -> u32 {
-        self.files.push(SourceFile { path, identity, chunk_sums: Vec::new(), sha256: None });
+        self.files.push(SourceFile { path, identity, chunk_sums: Vec::new(), sha256: None, origin: None });
         u32::try_from(self.files.len() - 1).unwrap_or(u32::MAX)
     }
 }
