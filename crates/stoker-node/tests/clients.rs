@@ -39,6 +39,8 @@ impl Catalog for One {
         }
     }
 
+    fn outdated(&self, _: &ModelName) {}
+
     fn learned(&self, _: &ModelName, _: Vec<Vec<ChunkSum>>) {}
 }
 

@@ -75,7 +75,7 @@ pub enum CopyEnd {
     Interrupted(String),
 }
 
-/// What a copy's directory is for, for people and for [`super::SsdTier::leftovers`].
+/// What a copy's directory is for, for people and for [`super::SsdTier::look`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct About {
     pub(crate) model: ModelName,

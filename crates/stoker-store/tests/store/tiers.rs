@@ -45,11 +45,14 @@ struct ElsewhereReader {
     of: Elsewhere,
 }
 
+/// A model that landed: where, and the sums of its files' chunks.
+type Landed = (ModelName, PathBuf, Vec<Vec<ChunkSum>>);
+
 /// Models' directories, without a registry.
 #[derive(Default)]
 struct Plain {
     /// Where models landed, with their bytes.
-    landed: Mutex<Vec<(ModelName, PathBuf, Vec<Vec<ChunkSum>>)>>,
+    landed: Mutex<Vec<Landed>>,
     kept: Mutex<Vec<ModelName>>,
     removed: Mutex<Vec<ModelName>>,
     /// What a landing waits for.
@@ -146,7 +149,7 @@ impl Shelf for Plain {
         let kept = self.kept.lock();
         let size =
             |dir: &Path| fs::read_dir(dir).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
-        let shelved = |(model, dir, _): &(ModelName, PathBuf, _)| Shelved {
+        let shelved = |(model, dir, _): &Landed| Shelved {
             model: model.clone(),
             bytes: ByteSize(size(dir)),
             kept: kept.contains(model),
