@@ -103,7 +103,9 @@ async fn the_next_node_gets_what_the_last_one_had() {
     for _ in 0..50 {
         keeper.keep(pool());
     }
-    assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), open_files);
+    // One more or less: at the first count a connection may still have been on its way in or out. Fifty would be a leak.
+    let files = move || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    until("what was replaced is closed", move || files() <= open_files + 2).await;
 
     // A proper stop.
     let dismissed = keeper.clone();

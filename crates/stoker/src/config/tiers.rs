@@ -58,16 +58,16 @@ pub(crate) fn store_settings(environment: &Environment) -> Vec<(String, String)>
         ),
     ] {
         let text = path.and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+        // Half a pair of keys from here would be worse than none.
+        let has_keys = settings.iter().any(|(key, _)| key == "aws_access_key_id");
         for (key, value) in section_of(&text, &section) {
             let key = match key {
                 "region" => "aws_region".to_owned(),
                 "endpoint_url" => "aws_endpoint_url".to_owned(),
                 key => key.to_owned(),
             };
-            // Half a pair of keys from here would be worse than none.
-            let known = settings
-                .iter()
-                .any(|(k, _)| *k == key || k.as_str() == "aws_access_key_id" && key.contains("key"));
+            let known = settings.iter().any(|(k, _)| *k == key)
+                || has_keys && (key.contains("key") || key.contains("token"));
             if key.starts_with("aws_") && !known {
                 settings.push((key, value.to_owned()));
             }
