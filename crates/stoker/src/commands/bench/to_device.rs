@@ -14,7 +14,7 @@ use stoker_checkpoint::{Manifest, Tensor};
 use stoker_device::{Device, Slab};
 use stoker_io::{LocalFiles, drop_page_cache};
 use stoker_store::{
-    CheckpointFiles, DeviceTarget, Keep, Layout, Priority, Shard, Store, StoreConfig, TensorPart,
+    CheckpointFiles, DeviceTarget, Keep, Layout, LoadError, Priority, Shard, Store, StoreConfig, TensorPart,
 };
 use stoker_types::{ByteSize, BytesPerSec, ChunkSum, ModelName, Summing, Tier, clock};
 use tokio_util::sync::CancellationToken;
@@ -195,7 +195,7 @@ pub(crate) async fn run(
     }
     drop(held);
     let device_check = match (&bench.places[..], options.verify) {
-        ([place], true) => Some(bench.check(&store, place, keep).await?.as_secs_f64() * 1e3),
+        ([place], true) => bench.check(&store, place, keep).await?.map(|time| time.as_secs_f64() * 1e3),
         _ => None,
     };
 
@@ -335,16 +335,22 @@ impl Bench<'_> {
         Ok((delivering.wait(&CancellationToken::new()).await?, slabs))
     }
 
-    /// Loads once more and has the device compute the sums of what it has. Returns the time of the latter.
-    async fn check(&self, store: &Store, place: &Place, keep: Keep) -> anyhow::Result<Duration> {
+    /// Loads once more and has the device compute the sums of what it has. Returns the time of the latter; `None` when
+    /// there is nothing to compare with: what passes through a ring without sums leaves none behind.
+    async fn check(&self, store: &Store, place: &Place, keep: Keep) -> anyhow::Result<Option<Duration>> {
         let device = Arc::clone(&place.device);
         let slab = device.allocate(place.layout.bytes(), place.layout.bytes())?;
         let target = DeviceTarget { device, slab, layout: Arc::clone(&place.layout) };
         let delivering = store.deliver(&self.files, target.clone(), keep, Priority::Demand)?;
         let _delivered = delivering.wait(&CancellationToken::new()).await?;
         // The first check also makes the kernel ready.
-        store.check(&self.files, &target).await?;
-        Ok(store.check(&self.files, &target).await?.time)
+        match store.check(&self.files, &target).await {
+            Err(LoadError::NoSums { .. }) => Ok(None),
+            first => {
+                first?;
+                Ok(Some(store.check(&self.files, &target).await?.time))
+            }
+        }
     }
 
     /// Compares every tensor on the devices with its file. Returns how many.
