@@ -173,6 +173,8 @@ def silent_node(tmp_path):
 
 def test_ctrl_c_ends_a_load_that_waits(silent_node):
     path, asked, held = silent_node
+    # A shell that started this in the background has it ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.get_ident()
 
     def interrupt():
