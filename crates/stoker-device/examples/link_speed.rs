@@ -156,6 +156,7 @@ fn copies(device: &CudaDevice, address: usize, total: usize, chunk: usize, name:
                     from: Box::new(Part(address + base, chunk)),
                     to: slab.clone(),
                     cuts,
+                    arrival: None,
                     done: Box::new(move |result| sender.send(result).unwrap()),
                 });
             }

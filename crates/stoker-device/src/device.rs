@@ -65,6 +65,9 @@ pub struct Transfer {
     pub to: Slab,
     /// Which of them go where, at least one.
     pub cuts: Vec<Cut>,
+    /// Where in the slab, at a multiple of 4, a word of 32 bits becomes 1 when all bytes are there: what is queued on the
+    /// device can wait for it ([`crate::ComputeStream::wait_for_words`]).
+    pub arrival: Option<u64>,
     /// What to call in the end.
     pub done: Done,
 }
@@ -138,6 +141,9 @@ impl Transfer {
                 return Err(DeviceError::OutOfRange { what: "row", at: 0, end, len });
             }
             self.to.check_range(cut.to, cut.bytes())?;
+        }
+        if let Some(word) = self.arrival {
+            self.to.check_range(word, 4)?;
         }
         Ok(())
     }

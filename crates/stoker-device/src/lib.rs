@@ -16,7 +16,10 @@ mod queue;
 mod simulated;
 mod slab;
 
-pub use cuda::{CudaDevice, CudaOptions, cuda_devices, driver_version};
+pub use cuda::{
+    ComputeStream, CudaDevice, CudaOptions, DeviceBuffer, GrowingMemory, Kernel, KernelTime, Launch,
+    PinnedBuffer, Program, cuda_devices, driver_version,
+};
 pub use device::{Cut, Device, Done, HostBytes, Transfer};
 pub use error::{CudaVersion, DeviceError};
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};

@@ -264,6 +264,9 @@ impl Shared {
                 std::thread::sleep(takes);
             }
         }
+        if let Some(word) = transfer.arrival {
+            memory.write(word, &1_u32.to_ne_bytes());
+        }
         Ok(())
     }
 
@@ -376,7 +379,13 @@ mod tests {
     fn copy(device: &SimulatedDevice, bytes: Vec<u8>, to: &Slab, cuts: Vec<Cut>) -> Result<(), DeviceError> {
         let (sender, done) = mpsc::channel();
         let done_sender = Box::new(move |result| sender.send(result).unwrap());
-        device.copy(Transfer { from: Box::new(bytes), to: to.clone(), cuts, done: done_sender });
+        device.copy(Transfer {
+            from: Box::new(bytes),
+            to: to.clone(),
+            cuts,
+            arrival: None,
+            done: done_sender,
+        });
         done.recv().unwrap()
     }
 
@@ -503,6 +512,7 @@ mod tests {
                 from: Box::new(vec![0; 4096]),
                 to: slab.clone(),
                 cuts: vec![Cut::range(0, 4096, 0)],
+                arrival: None,
                 done: Box::new(move |result| sender.send(result).unwrap()),
             });
         }

@@ -95,7 +95,7 @@ fn copy(
 ) -> Result<(), DeviceError> {
     let (sender, done) = mpsc::channel();
     let done_sender = Box::new(move |result| sender.send(result).unwrap());
-    device.copy(Transfer { from: Box::new(from), to: to.clone(), cuts, done: done_sender });
+    device.copy(Transfer { from: Box::new(from), to: to.clone(), cuts, arrival: None, done: done_sender });
     done.recv().unwrap()
 }
 
@@ -186,6 +186,7 @@ fn many_copies_end_once_each_and_memory_comes_back() {
                 from: Box::new(Shared(Arc::clone(&host))),
                 to: slab.clone(),
                 cuts: vec![Cut::range(from, 4 << 20, i << 22)],
+                arrival: None,
                 done: Box::new(move |result| sender.send((i, result)).unwrap()),
             });
         }
@@ -306,6 +307,7 @@ fn a_helper_lends_its_link() {
             from: Box::new(Shared(Arc::clone(&host))),
             to: slab.clone(),
             cuts: vec![cut(at, 1 << 20), cut(at + (1 << 20), 15 << 20)],
+            arrival: None,
             done: Box::new(move |result| sender.send(result).unwrap()),
         });
     }

@@ -14,7 +14,7 @@ use std::{
 
 use stoker_checkpoint::{Source, index};
 use stoker_engine::{
-    Batch, Engine, EngineLimits, KvShape, KvStorage, Model, Region, SequenceRequest, StepEngine, Threads,
+    Batch, Engine, EngineError, EngineLimits, Model, Region, SequenceRequest, StepEngine, Threads,
     load_model, physical_cores,
 };
 use stoker_types::{Sampling, clock};
@@ -30,19 +30,32 @@ impl Model for Timed {
         self.model.vocab_size()
     }
 
-    fn kv_shape(&self) -> KvShape {
-        self.model.kv_shape()
+    fn kv_block_bytes(&self) -> u64 {
+        self.model.kv_block_bytes()
+    }
+
+    fn open_kv(&mut self, capacity: usize) -> Result<(), EngineError> {
+        self.model.open_kv(capacity)
+    }
+
+    fn grow_kv(&mut self, blocks: usize) -> Result<(), EngineError> {
+        self.model.grow_kv(blocks)
     }
 
     fn threads(&self) -> &Threads {
         self.model.threads()
     }
 
-    fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
+    fn logits(&self) -> &[f32] {
+        self.model.logits()
+    }
+
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<(), EngineError> {
         let start = clock::now();
-        self.model.forward(batch, kv, logits);
+        let computed = self.model.forward(batch);
         let ns = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.forward_ns.fetch_add(ns, Ordering::Relaxed);
+        computed
     }
 }
 

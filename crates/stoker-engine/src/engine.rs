@@ -19,7 +19,6 @@ use crate::{
     Span, StepEngine, StepOutput, SubmitError,
     kv::{BlockPool, BlockTable},
     sampling::{self, Choice, Occurrences, Sampler, SamplingError},
-    storage::KvStorage,
 };
 
 /// Most sequences that wait in an engine. Admission control is the gateway's; this bounds what a broken one can do.
@@ -30,7 +29,6 @@ pub struct Engine {
     model: Box<dyn Model>,
     limits: EngineLimits,
     pool: BlockPool,
-    storage: KvStorage,
     /// One for each of the model's threads.
     samplers: Vec<Mutex<Sampler>>,
     /// In order of arrival.
@@ -49,7 +47,6 @@ pub struct Engine {
 struct Buffers {
     tokens: Vec<u32>,
     logit_rows: Vec<usize>,
-    logits: Vec<f32>,
 }
 
 struct Sequence {
@@ -107,7 +104,7 @@ impl Engine {
     /// # Errors
     /// [`EngineError::KvTooSmall`] when not even one block fits into `kv_bytes`, and [`EngineError::Limits`] for a limit
     /// of zero.
-    pub fn new(model: Box<dyn Model>, limits: EngineLimits) -> Result<Self, EngineError> {
+    pub fn new(mut model: Box<dyn Model>, limits: EngineLimits) -> Result<Self, EngineError> {
         let EngineLimits { context, sequences_max, kv_bytes, prefill_tokens_per_step } = limits;
         for (limit, value) in [
             ("context", context),
@@ -118,20 +115,19 @@ impl Engine {
                 return Err(EngineError::Limits { limit });
             }
         }
-        let shape = model.kv_shape();
-        let blocks = usize::try_from(kv_bytes / shape.block_bytes()).unwrap_or(usize::MAX);
+        let block_bytes = model.kv_block_bytes();
+        let blocks = usize::try_from(kv_bytes / block_bytes).unwrap_or(usize::MAX);
         if blocks == 0 {
-            return Err(EngineError::KvTooSmall { kv_bytes, block_bytes: shape.block_bytes() });
+            return Err(EngineError::KvTooSmall { kv_bytes, block_bytes });
         }
         // No more than all sequences at their full length, and the cache, can ever use; block ids are 32 bits wide.
         let blocks = blocks.min(u32::MAX as usize);
-        let storage = KvStorage::new(shape, blocks)?;
+        model.open_kv(blocks)?;
         let samplers = (0..model.threads().count()).map(|_| Mutex::default()).collect();
         Ok(Self {
             model,
             limits,
             pool: BlockPool::new(blocks),
-            storage,
             samplers,
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -250,10 +246,10 @@ impl Engine {
         shares.extend(chosen.into_iter().filter(|share| share.rows > 0));
     }
 
-    /// Computes the rows and leaves the logits of the sequences whose last token is among them in the buffers, in order.
-    fn compute(&mut self, shares: &[Share]) {
+    /// Computes the rows and has the model keep the logits of the sequences whose last token is among them, in order.
+    fn compute(&mut self, shares: &[Share]) -> Result<(), EngineError> {
         let now = clock::now();
-        let Buffers { tokens, logit_rows, logits } = &mut self.buffers;
+        let Buffers { tokens, logit_rows } = &mut self.buffers;
         tokens.clear();
         logit_rows.clear();
         for share in shares {
@@ -265,7 +261,7 @@ impl Engine {
                 logit_rows.push(tokens.len() - 1);
             }
         }
-        self.storage.ensure(self.pool.touched());
+        self.model.grow_kv(self.pool.touched())?;
         let spans: Vec<Span<'_>> = shares
             .iter()
             .map(|share| {
@@ -274,7 +270,21 @@ impl Engine {
                 Span { rows: share.rows, start: sequence.computed, blocks: table.blocks() }
             })
             .collect();
-        self.model.forward(&Batch { tokens, spans: &spans, logit_rows }, &mut self.storage, logits);
+        self.model.forward(&Batch { tokens, spans: &spans, logit_rows })
+    }
+
+    /// Ends the sequences of a step that could not be computed.
+    fn fail(&mut self, shares: &[Share], error: &EngineError, output: &mut StepOutput) {
+        tracing::error!(%error, sequences = shares.len(), "a step failed");
+        let failed: HashSet<u64> = shares.iter().map(|share| self.running[share.sequence].key).collect();
+        self.running.retain(|sequence| {
+            let fails = failed.contains(&sequence.key);
+            if fails {
+                output.failures.push(Failure { key: sequence.key, message: error.to_string() });
+            }
+            !fails
+        });
+        output.broken = error.is_fatal();
     }
 
     /// Takes note of what was computed, and chooses tokens.
@@ -330,11 +340,11 @@ impl Engine {
         }
     }
 
-    /// The next tokens of some running sequences, whose logits are in the buffers in the same order. On all of the
+    /// The next tokens of some running sequences, whose logits the model has in the same order. On all of the
     /// model's threads: with many cores or a large vocabulary one thread would be what a step waits for.
     fn choose(&self, sequences: &[usize]) -> Vec<Result<Choice, SamplingError>> {
-        let Self { model, running, samplers, buffers, .. } = self;
-        let rows = buffers.logits.chunks_exact(model.vocab_size() as usize);
+        let Self { model, running, samplers, .. } = self;
+        let rows = model.logits().chunks_exact(model.vocab_size() as usize);
         assert_eq!(rows.len(), sequences.len(), "the model computed the logits that were asked for");
         let choices: Vec<Mutex<Result<Choice, SamplingError>>> =
             sequences.iter().map(|_| Mutex::new(Err(SamplingError::Empty))).collect();
@@ -369,7 +379,7 @@ impl StepEngine for Engine {
         let blocks = BlockPool::blocks_for(tokens_end - 1);
         let capacity = self.pool.usage().capacity;
         if blocks > capacity {
-            let block_bytes = self.storage.shape().block_bytes();
+            let block_bytes = self.model.kv_block_bytes();
             return Err(SubmitError::OutOfMemory {
                 tokens: tokens_end as u64,
                 needed_bytes: blocks as u64 * block_bytes,
@@ -417,8 +427,10 @@ impl StepEngine for Engine {
         let shares = self.schedule();
         if !shares.is_empty() {
             self.stats.steps += 1;
-            self.compute(&shares);
-            self.advance(&shares, &mut output);
+            match self.compute(&shares) {
+                Ok(()) => self.advance(&shares, &mut output),
+                Err(error) => self.fail(&shares, &error, &mut output),
+            }
         }
         output
     }
@@ -429,7 +441,7 @@ impl StepEngine for Engine {
 
     fn stats(&self) -> EngineStats {
         let usage = self.pool.usage();
-        let bytes = |blocks: usize| blocks as u64 * self.storage.shape().block_bytes();
+        let bytes = |blocks: usize| blocks as u64 * self.model.kv_block_bytes();
         EngineStats {
             running: self.running.len(),
             waiting: self.waiting.len(),
@@ -504,19 +516,23 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Threads, kv::BLOCK_TOKENS, storage::KvShape};
+    use crate::{
+        Threads,
+        kv::BLOCK_TOKENS,
+        storage::{KvShape, KvStorage},
+    };
 
     const VOCAB: u32 = 19;
 
     /// A model without arithmetic whose logits depend on every KV entry of the sequence, so that a block that is
     /// overwritten, stale, or another sequence's changes what is generated. Each entry is a hash of the entries before.
-    struct Hashes(Threads);
+    struct Hashes(Threads, KvStorage, Vec<f32>);
 
     /// Of both models here.
     const SHAPE: KvShape = KvShape { layers: 1, kv_heads: 1, head_dim: 1 };
 
     fn hashes() -> Box<dyn Model> {
-        Box::new(Hashes(Threads::new(1).unwrap()))
+        Box::new(Hashes(Threads::new(1).unwrap(), KvStorage::new(SHAPE, 0).unwrap(), Vec::new()))
     }
 
     fn mix(a: u32, b: u32) -> u32 {
@@ -535,15 +551,30 @@ mod tests {
             VOCAB
         }
 
-        fn kv_shape(&self) -> KvShape {
-            SHAPE
+        fn kv_block_bytes(&self) -> u64 {
+            SHAPE.block_bytes()
+        }
+
+        fn open_kv(&mut self, capacity: usize) -> Result<(), EngineError> {
+            self.1 = KvStorage::new(SHAPE, capacity)?;
+            Ok(())
+        }
+
+        fn grow_kv(&mut self, blocks: usize) -> Result<(), EngineError> {
+            self.1.ensure(blocks);
+            Ok(())
         }
 
         fn threads(&self) -> &Threads {
             &self.0
         }
 
-        fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
+        fn logits(&self) -> &[f32] {
+            &self.2
+        }
+
+        fn forward(&mut self, batch: &Batch<'_>) -> Result<(), EngineError> {
+            let Self(_, kv, logits) = self;
             logits.clear();
             let layer = kv.layer_mut(0);
             let mut row = 0;
@@ -563,28 +594,41 @@ mod tests {
                 }
             }
             assert_eq!(row, batch.tokens.len());
+            Ok(())
         }
     }
 
     /// Logits that are no numbers.
-    struct Broken(Threads);
+    struct Broken(Threads, Vec<f32>);
 
     impl Model for Broken {
         fn vocab_size(&self) -> u32 {
             VOCAB
         }
 
-        fn kv_shape(&self) -> KvShape {
-            SHAPE
+        fn kv_block_bytes(&self) -> u64 {
+            SHAPE.block_bytes()
+        }
+
+        fn open_kv(&mut self, _: usize) -> Result<(), EngineError> {
+            Ok(())
+        }
+
+        fn grow_kv(&mut self, _: usize) -> Result<(), EngineError> {
+            Ok(())
         }
 
         fn threads(&self) -> &Threads {
             &self.0
         }
 
-        fn forward(&mut self, batch: &Batch<'_>, _: &mut KvStorage, logits: &mut Vec<f32>) {
-            logits.clear();
-            logits.resize(batch.logit_rows.len() * VOCAB as usize, f32::NAN);
+        fn logits(&self) -> &[f32] {
+            &self.1
+        }
+
+        fn forward(&mut self, batch: &Batch<'_>) -> Result<(), EngineError> {
+            self.1 = vec![f32::NAN; batch.logit_rows.len() * VOCAB as usize];
+            Ok(())
         }
     }
 
@@ -762,7 +806,8 @@ mod tests {
 
     #[test]
     fn logits_that_are_no_numbers_fail_their_sequence_only_once() {
-        let mut engine = Engine::new(Box::new(Broken(Threads::new(2).unwrap())), limits(8)).unwrap();
+        let mut engine =
+            Engine::new(Box::new(Broken(Threads::new(2).unwrap(), Vec::new())), limits(8)).unwrap();
         engine.submit(request(3, prompt(4, 0), 9)).unwrap();
         let output = engine.step();
         assert_eq!(output.failures.len(), 1);

@@ -1,6 +1,7 @@
 //! Why a model can't be taken.
 
 use stoker_checkpoint::{Architecture, Role};
+use stoker_device::DeviceError;
 use stoker_types::DType;
 
 use crate::weight::WeightError;
@@ -84,6 +85,28 @@ pub enum EngineError {
         /// How many.
         bytes: u64,
     },
+    /// What a GPU can't compute of what a CPU can.
+    #[error("no GPU kernel for {what}: run it on the CPU (`devices = \"cpu\"`), or convert it")]
+    NoGpuKernel {
+        /// What.
+        what: String,
+    },
+    /// The chip is older than every machine code that Stoker carries.
+    #[error("{name} is of compute capability {major}.{minor}; Stoker's kernels need 8.0 or newer")]
+    ChipTooOld {
+        /// The device.
+        name: String,
+        /// Its compute capability.
+        major: u32,
+        /// As above.
+        minor: u32,
+    },
+    /// The copy of the weights failed while the model was waiting for them.
+    #[error("the model's weights did not arrive: its load failed")]
+    WeightsLost,
+    /// The device's.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 // === impl EngineError ===
@@ -98,11 +121,21 @@ impl EngineError {
             | Self::Config { .. }
             | Self::MissingTensor { .. }
             | Self::Shape { .. }
-            | Self::Tensor { .. } => true,
+            | Self::Tensor { .. }
+            | Self::NoGpuKernel { .. } => true,
             Self::MissingRegion { .. }
             | Self::Limits { .. }
             | Self::KvTooSmall { .. }
-            | Self::KvAddressSpace { .. } => false,
+            | Self::KvAddressSpace { .. }
+            | Self::ChipTooOld { .. }
+            | Self::WeightsLost
+            | Self::Device(_) => false,
         }
+    }
+
+    /// Whether nothing can be computed any more in this process.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Device(DeviceError::Lost { .. }))
     }
 }

@@ -1,4 +1,4 @@
-//! Inference on the CPU: model families, row-invariant kernels, paged KV cache, continuous batching, sampling.
+//! Inference on the CPU and on GPUs ([`gpu`]): model families, row-invariant kernels, paged KV cache, continuous batching, sampling.
 //!
 //! [`load_model`] builds a model over weight files in memory, in place; [`Engine`] computes sequences with it, one
 //! batch a [`step`](StepEngine::step). Everything here is synchronous: the worker runs an engine on a thread of its own.
@@ -10,6 +10,7 @@
 mod engine;
 mod error;
 mod families;
+pub mod gpu;
 pub mod kernels;
 pub mod kv;
 mod model;

@@ -1,10 +1,6 @@
 //! The seam between the engine and a model family.
 
-use crate::{
-    kv::BlockId,
-    storage::{KvShape, KvStorage},
-    threads::Threads,
-};
+use crate::{EngineError, kv::BlockId, threads::Threads};
 
 /// Rows to compute in one forward pass.
 #[derive(Debug, Clone, Copy)]
@@ -33,16 +29,34 @@ pub trait Model: Send {
     /// Rows of the embedding, and logits of a row.
     fn vocab_size(&self) -> u32;
 
-    /// What its KV looks like.
-    fn kv_shape(&self) -> KvShape;
+    /// Bytes of a KV block: keys and values of all layers.
+    fn kv_block_bytes(&self) -> u64;
 
-    /// The threads that it computes with; free for others between passes.
+    /// Takes addresses for `capacity` KV blocks, and no memory yet. What was there of KV is gone.
+    ///
+    /// # Errors
+    /// [`EngineError::KvAddressSpace`]; the device's.
+    fn open_kv(&mut self, capacity: usize) -> Result<(), EngineError>;
+
+    /// Sees to it that the first `blocks` blocks have memory, of as many as were opened.
+    ///
+    /// # Errors
+    /// The device's. What was there stays.
+    fn grow_kv(&mut self, blocks: usize) -> Result<(), EngineError>;
+
+    /// Threads of the host: a model on the CPU computes with them. Free for others between passes.
     fn threads(&self) -> &Threads;
 
-    /// Computes a batch: writes keys and values of its rows into their blocks and the wanted logits, `[logit_rows,
-    /// vocab]`, into `logits`, whose content is replaced.
+    /// Computes a batch: writes keys and values of its rows into their blocks, and the wanted logits to where
+    /// [`logits`](Self::logits) has them.
+    ///
+    /// # Errors
+    /// The device's; nothing is known of the rows' KV then.
     ///
     /// # Panics
     /// When the batch breaks the rules of its types (a token outside the vocabulary, too few blocks).
-    fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>);
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<(), EngineError>;
+
+    /// The logits of the last pass that went well, `[logit_rows, vocab]`.
+    fn logits(&self) -> &[f32];
 }

@@ -105,6 +105,8 @@ pub struct StepOutput {
     pub ends: Vec<End>,
     /// Sequences that failed.
     pub failures: Vec<Failure>,
+    /// Nothing can be computed any more in this process: the device is lost.
+    pub broken: bool,
 }
 
 /// The prompt (and, for a resumed sequence, what was generated before) has been computed.
@@ -207,6 +209,7 @@ impl StepOutput {
     /// Nothing happened.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.begun.is_empty() && self.tokens.is_empty() && self.ends.is_empty() && self.failures.is_empty()
+        let Self { begun, tokens, ends, failures, broken } = self;
+        begun.is_empty() && tokens.is_empty() && ends.is_empty() && failures.is_empty() && !broken
     }
 }

@@ -7,8 +7,7 @@ mod support;
 use std::sync::Arc;
 
 use stoker_engine::{
-    Batch, EngineLimits, Isa, KvStorage, Model, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS,
-    load_model,
+    Batch, EngineLimits, Isa, Model, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS, load_model,
 };
 use stoker_types::{DType, Sampling};
 use support::{Checkpoint, LIMITS, Random, Tokens, data, greedy, logits_in_chunks, run};
@@ -55,13 +54,12 @@ fn check_logits(
     for at in (1..free.len()).rev() {
         free.swap(at, random.below(at + 1));
     }
-    let mut kv = KvStorage::new(model.kv_shape(), free.len()).unwrap();
-    kv.ensure(free.len());
+    model.open_kv(free.len()).unwrap();
+    model.grow_kv(free.len()).unwrap();
     let mut running: Vec<Running<'_>> = texts
         .iter()
         .map(|tokens| Running { tokens, computed: 0, blocks: free.split_off(free.len() - blocks_each) })
         .collect();
-    let mut logits = Vec::new();
     while running.iter().any(|s| s.computed < s.tokens.len()) {
         let left: Vec<usize> = running.iter().map(|s| s.tokens.len() - s.computed).collect();
         let rows = rows_next(random, &left);
@@ -79,11 +77,9 @@ fn check_logits(
             continue;
         }
         let logit_rows: Vec<usize> = (0..tokens.len()).filter(|_| random.below(3) > 0).collect();
-        model.forward(
-            &Batch { tokens: &tokens, spans: &spans, logit_rows: &logit_rows },
-            &mut kv,
-            &mut logits,
-        );
+        let batch = Batch { tokens: &tokens, spans: &spans, logit_rows: &logit_rows };
+        model.forward(&batch).unwrap();
+        let logits = model.logits();
         assert_eq!(logits.len(), logit_rows.len() * VOCAB);
         for (row, logits) in logit_rows.iter().zip(logits.chunks_exact(VOCAB)) {
             let (sequence, position) = places[*row];

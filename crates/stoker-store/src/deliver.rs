@@ -104,6 +104,7 @@ struct Flights {
 
 /// A chunk that devices have.
 struct Landing {
+    at: ChunkRef,
     position: usize,
     bytes: u64,
     /// Copies of it that have not ended.
@@ -433,7 +434,7 @@ impl Flights {
             .filter(|(_, cuts)| !cuts.is_empty())
             .collect();
         let left = AtomicUsize::new(copies.len());
-        let chunk = Arc::new(Landing { position, bytes, left, _place: place });
+        let chunk = Arc::new(Landing { at, position, bytes, left, _place: place });
         let Some((target, cuts)) = copies.pop() else {
             drop(from);
             self.queued += 1;
@@ -462,6 +463,7 @@ impl Flights {
         self.queued += 1;
         let sender = self.sender.clone();
         let copied: u64 = cuts.iter().map(Cut::bytes).sum();
+        let arrival = target.layout.arrival(&delivery.files, chunk.at);
         let (shared, device) = (Arc::clone(&delivery.shared), target.device.info().ordinal);
         shared.copy_begins(device);
         let done = Box::new(move |result: Result<_, _>| {
@@ -470,7 +472,7 @@ impl Flights {
             // Nobody waits for it when the runtime is going down.
             let _ = sender.send(Ended { chunk, last, result });
         });
-        target.device.copy(Transfer { from, to: target.slab.clone(), cuts, done });
+        target.device.copy(Transfer { from, to: target.slab.clone(), cuts, arrival, done });
     }
 
     fn note(&mut self, delivery: &Delivery, ended: Ended) -> Result<(), LoadError> {
@@ -707,6 +709,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_word_for_each_chunk_says_that_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 20);
+        for keep in [Keep::All, Keep::Nothing { ring_chunks: 3 }] {
+            let (store, device) = (store(60), device(SimulatedOptions::default()));
+            let layout = Layout::clone(&model.layout).announcing(&model.files);
+            let words = layout.arrivals().unwrap();
+            assert_eq!(layout.bytes(), ByteSize(words + 4 * model.files.chunks()));
+            let slab = device.allocate(layout.bytes(), ByteSize::mib(2)).unwrap();
+            let target = DeviceTarget { device: device.clone(), slab, layout: Arc::new(layout) };
+            let wanted = |at: ChunkRef| !target.layout.cuts(&model.files, at).is_empty();
+            let there = || -> Vec<bool> {
+                let mut bytes = vec![0; usize::try_from(4 * model.files.chunks()).unwrap()];
+                device.read(&target.slab, words, &mut bytes).unwrap();
+                bytes.chunks_exact(4).map(|word| word == 1_u32.to_ne_bytes()).collect()
+            };
+            assert!(there().iter().all(|there| !there));
+            let delivering = store.deliver(&model.files, target.clone(), keep, Priority::Demand).unwrap();
+            delivering.wait(&CancellationToken::new()).await.unwrap();
+            let there = there();
+            let chunks = model.files.order();
+            assert!(chunks.iter().any(|at| wanted(*at)));
+            for at in chunks {
+                assert_eq!(there[usize::try_from(model.files.number(*at)).unwrap()], wanted(*at), "{at:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
     async fn a_byte_that_is_wrong_on_the_device_is_found_and_named() {
         let dir = tempfile::tempdir().unwrap();
         let model = model(dir.path(), "m", 20);
@@ -730,6 +761,7 @@ mod tests {
             from: Box::new(vec![was ^ 4]),
             to: target.slab.clone(),
             cuts: vec![Cut::range(0, 1, to)],
+            arrival: None,
             done: Box::new(move |result| sender.send(result).unwrap()),
         });
         done.recv().unwrap().unwrap();

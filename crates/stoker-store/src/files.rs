@@ -309,6 +309,24 @@ impl CheckpointFiles {
         (self.file_of(chunk).identity.len - self.offset(chunk)).min(self.inner.chunk_bytes)
     }
 
+    /// A chunk's number, counting through the files one after the other: chunk `index` of file `file` comes behind all
+    /// chunks of the files before.
+    #[must_use]
+    pub fn number(&self, chunk: ChunkRef) -> u64 {
+        let before = self.inner.files.iter().take(chunk.file as usize);
+        before.map(|file| self.chunks_of(file)).sum::<u64>() + u64::from(chunk.index)
+    }
+
+    /// How many chunks its files have, those that nobody wants included.
+    #[must_use]
+    pub fn chunks(&self) -> u64 {
+        self.inner.files.iter().map(|file| self.chunks_of(file)).sum()
+    }
+
+    fn chunks_of(&self, file: &SourceFile) -> u64 {
+        file.identity.len.div_ceil(self.inner.chunk_bytes)
+    }
+
     /// The known sum of a chunk.
     pub(crate) fn sum(&self, chunk: ChunkRef) -> Option<ChunkSum> {
         self.file_of(chunk).chunk_sums.get(chunk.index as usize).copied()

@@ -41,6 +41,8 @@ pub struct Layout {
     reach: Vec<u64>,
     /// First byte of each tensor, in the order in which they were given.
     tensors: Vec<u64>,
+    /// First byte of the words that say which chunks are there.
+    arrivals: Option<u64>,
 }
 
 /// Bytes that lie side by side on the device, and in a file too or at regular distances.
@@ -116,7 +118,27 @@ impl Layout {
             let before = i.checked_sub(1).filter(|before| spans[*before].from.file == span.from.file);
             reach.push(span.from.end().max(before.map_or(0, |before| reach[before])));
         }
-        Self { bytes: end, spans, reach, tensors: placed }
+        Self { bytes: end, spans, reach, tensors: placed, arrivals: None }
+    }
+
+    /// As it is, with a word of 32 bits behind the tensors for each chunk of the files, in the order of
+    /// [`CheckpointFiles::number`], which becomes 1 when what the device gets of the chunk is there. Whoever has the memory
+    /// sees to it that they are zero before the delivery begins. So kernels that are queued ahead can wait for weights.
+    #[must_use]
+    pub fn announcing(self, files: &CheckpointFiles) -> Self {
+        let words = self.bytes.next_multiple_of(ALIGN);
+        Self { bytes: words + 4 * files.chunks(), arrivals: Some(words), ..self }
+    }
+
+    /// First byte of the words that say which chunks are there, if it has any.
+    #[must_use]
+    pub fn arrivals(&self) -> Option<u64> {
+        self.arrivals
+    }
+
+    /// The word of a chunk.
+    pub(crate) fn arrival(&self, files: &CheckpointFiles, chunk: ChunkRef) -> Option<u64> {
+        self.arrivals.map(|words| words + 4 * files.number(chunk))
     }
 
     /// Bytes of device memory that it takes.

@@ -291,7 +291,7 @@ impl EngineThread {
 
     fn step(&mut self) {
         let Some(model) = &mut self.model else { return };
-        let StepOutput { begun, tokens, ends, failures } = model.engine.step();
+        let StepOutput { begun, tokens, ends, failures, broken } = model.engine.step();
         self.counters.steps.fetch_add(1, Ordering::Relaxed);
         self.counters.tokens.fetch_add(tokens.len() as u64, Ordering::Relaxed);
         for b in begun {
@@ -333,6 +333,10 @@ impl EngineThread {
                 frame.failures.push(Failure { stream: owner.stream, code, message: f.message });
                 self.ended(f.key);
             }
+        }
+        if broken {
+            self.deliver();
+            panic!("the device is lost: only a new process gets it back");
         }
     }
 

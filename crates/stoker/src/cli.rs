@@ -256,6 +256,8 @@ pub(crate) enum BenchCommand {
     Floor,
     /// Prefill and decode rates of the engine
     Engine(BenchEngineArgs),
+    /// A model that is in memory: its first token on a GPU, beside the copy of its weights alone
+    Cold(BenchColdArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -458,6 +460,43 @@ pub(crate) struct BenchEngineArgs {
     /// Threads [default: physical cores]
     #[arg(long)]
     pub(crate) threads: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchColdArgs {
+    /// A model's directory or weight file, or synth:NAME for random weights with the shapes of a known model
+    #[arg(long, default_value = "synth:llama-2-7b")]
+    pub(crate) model: String,
+    /// The GPU by number
+    #[arg(long, default_value_t = 0)]
+    pub(crate) device: u32,
+    /// GPUs whose links to the host are used, the target's included
+    #[arg(long, default_value_t = 1)]
+    pub(crate) links: u32,
+    /// Prompt lengths, tokens
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 1024])]
+    pub(crate) prompt: Vec<u32>,
+    /// Repetitions of each figure
+    #[arg(long, default_value_t = 10)]
+    pub(crate) runs: u32,
+    /// Numbers of sequences that decode together
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32, 128])]
+    pub(crate) batch: Vec<u32>,
+    /// Tokens of their prompts
+    #[arg(long, default_value_t = 512)]
+    pub(crate) batch_prompt: u32,
+    /// Tokens that each generates
+    #[arg(long, default_value_t = 128)]
+    pub(crate) batch_new: u32,
+    /// KV cache at most
+    #[arg(long, default_value = "48GiB")]
+    pub(crate) kv: ByteSize,
+    /// Say what each kernel takes, too
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// Keep the synthetic model for the next run
+    #[arg(long)]
+    pub(crate) keep_files: bool,
 }
 
 #[derive(Debug, Args)]

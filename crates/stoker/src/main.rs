@@ -114,6 +114,10 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
             let find = |name: &str| models::find(&config, name);
             tokio::task::block_in_place(|| commands::bench::engine::run(&args, find, output))?;
         }
+        Command::Bench(BenchCommand::Cold(args)) => {
+            let dir = config.dirs.data.join("bench");
+            Box::pin(commands::bench::cold::run(&args, &dir, output)).await?;
+        }
         Command::Worker(_) | Command::Keeper(_) => anyhow::bail!("this needs a process of its own"),
     }
     Ok(ExitCode::SUCCESS)

@@ -2,9 +2,12 @@
 
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUresult, CUstream};
@@ -164,10 +167,21 @@ impl Drop for Stream {
 
 impl Event {
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with_flags(
+            context,
+            sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32
+                | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32,
+        )
+    }
+
+    /// One that knows when it happened.
+    pub(crate) fn with_time(context: &Arc<Context>) -> Result<Self, DeviceError> {
+        Self::with_flags(context, sys::CUevent_flags::CU_EVENT_DEFAULT as u32)
+    }
+
+    fn with_flags(context: &Arc<Context>, flags: u32) -> Result<Self, DeviceError> {
         context.bind()?;
         let mut raw = std::ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32
-            | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: the context is current; one pointer is written.
         context.check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut raw, flags) })?;
         Ok(Self { context: Arc::clone(context), raw })
@@ -177,6 +191,15 @@ impl Event {
     pub(crate) fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
         // SAFETY: both live, in the same context.
         self.context.check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw) })
+    }
+
+    /// The time since an earlier one; both were made with [`with_time`](Self::with_time), and have happened.
+    pub(crate) fn since(&self, earlier: &Self) -> Result<Duration, DeviceError> {
+        let mut milliseconds = 0.0_f32;
+        // SAFETY: both live; one number is written.
+        let got = unsafe { sys::cuEventElapsedTime_v2(&raw mut milliseconds, earlier.raw, self.raw) };
+        self.context.check("cuEventElapsedTime", got)?;
+        Ok(Duration::from_secs_f32((milliseconds / 1e3).max(0.0)))
     }
 
     /// Waits until what it stands for is done.

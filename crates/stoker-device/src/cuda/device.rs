@@ -115,6 +115,10 @@ impl CudaDevice {
         Ok(self.slab(mapping))
     }
 
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
     fn start(
         &mut self,
         name: &str,

@@ -16,7 +16,7 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Every function that this crate calls. cudarc looks a function up when it is first called, and panics when there is
 /// none: so each is looked up before.
-const SYMBOLS: [&str; 44] = [
+const SYMBOLS: [&str; 55] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -54,6 +54,17 @@ const SYMBOLS: [&str; 44] = [
     "cuModuleGetFunction",
     "cuModuleUnload",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cuFuncSetAttribute",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemsetD32Async",
+    "cuStreamBatchMemOp_v2",
+    "cuStreamWriteValue32_v2",
+    "cuStreamSynchronize",
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamWaitEvent",
@@ -62,6 +73,9 @@ const SYMBOLS: [&str; 44] = [
     "cuEventRecord",
     "cuEventSynchronize",
 ];
+
+/// What profiling calls besides.
+const PROFILING: (&str, CudaVersion) = ("cuEventElapsedTime_v2", CudaVersion { major: 12, minor: 8 });
 
 /// The version that the driver supports.
 ///
@@ -72,21 +86,36 @@ pub fn driver_version() -> Result<CudaVersion, DeviceError> {
     VERSION.get_or_init(probe).clone()
 }
 
-fn probe() -> Result<CudaVersion, DeviceError> {
+/// Whether kernels can be timed.
+pub(crate) fn can_profile() -> Result<(), DeviceError> {
+    let (symbol, needed) = PROFILING;
+    look_up(&open()?, symbol, needed)
+}
+
+fn open() -> Result<libloading::Library, DeviceError> {
     // SAFETY: loading a library runs its initialisers; the driver's are made for that.
     let opened = LIBRARIES.map(|name| unsafe { libloading::Library::new(name) });
     let [first, second] = opened;
-    let library =
-        first.or_else(|error| second.map_err(|_| error)).map_err(|error| DeviceError::NoDriver {
-            // The loader's words, without the names of its functions.
-            why: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
-        })?;
+    first.or_else(|error| second.map_err(|_| error)).map_err(|error| DeviceError::NoDriver {
+        // The loader's words, without the names of its functions.
+        why: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
+    })
+}
+
+fn look_up(
+    library: &libloading::Library,
+    symbol: &'static str,
+    needed: CudaVersion,
+) -> Result<(), DeviceError> {
+    // SAFETY: the symbol is looked up, not called.
+    let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol) };
+    found.map(|_| ()).map_err(|_| DeviceError::MissingSymbol { symbol, needed })
+}
+
+fn probe() -> Result<CudaVersion, DeviceError> {
+    let library = open()?;
     for symbol in SYMBOLS {
-        // SAFETY: the symbol is looked up, not called.
-        let found = unsafe { library.get::<unsafe extern "C" fn()>(symbol) };
-        if found.is_err() {
-            return Err(DeviceError::MissingSymbol { symbol, needed: NEEDED });
-        }
+        look_up(&library, symbol, NEEDED)?;
     }
     // The driver stays loaded: unloading it under its own threads ends badly.
     std::mem::forget(library);
@@ -167,18 +196,21 @@ mod tests {
     #[test]
     fn every_function_that_is_called_is_probed() {
         let sources = [
+            include_str!("compute.rs"),
             include_str!("context.rs"),
             include_str!("device.rs"),
             include_str!("driver.rs"),
             include_str!("link.rs"),
             include_str!("memory.rs"),
+            include_str!("sums.rs"),
             include_str!("topology.rs"),
         ];
         for source in sources {
             for call in source.split("sys::cu").skip(1) {
                 let name: String = call.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 let name = format!("cu{name}");
-                assert!(name == "cu" || SYMBOLS.contains(&name.as_str()), "{name} is not probed");
+                let probed = SYMBOLS.contains(&name.as_str()) || name == PROFILING.0;
+                assert!(name == "cu" || probed, "{name} is not probed");
             }
         }
     }

@@ -227,6 +227,7 @@ impl Way {
                 for cut in &transfer.cuts {
                     to_device(stream, transfer.to.address() + cut.to, host, cut)?;
                 }
+                announce(stream, transfer)?;
                 events.rotate_left(1);
                 let end = Arc::clone(&events[0]);
                 end.record(stream)?;
@@ -285,6 +286,7 @@ impl Helper {
             at += cut.bytes();
         }
         slot.empty.record(&self.down)?;
+        announce(&self.down, transfer)?;
         events.rotate_left(1);
         let end = Arc::clone(&events[0]);
         end.record(&self.down)?;
@@ -321,6 +323,15 @@ fn to_device(stream: &Stream, to: CUdeviceptr, host: &[u8], cut: &Cut) -> Result
     // SAFETY: as above; the description is read before the call returns.
     let queued = unsafe { sys::cuMemcpy2DAsync_v2(&raw const rows, stream.raw) };
     stream.context.check("cuMemcpy2DAsync", queued)
+}
+
+/// Queues that the word which stands for a copy's end is written.
+fn announce(stream: &Stream, transfer: &Transfer) -> Result<(), DeviceError> {
+    let Some(word) = transfer.arrival else { return Ok(()) };
+    // SAFETY: the word was checked to be in the slab, which is held until the end. What was queued before is visible to
+    // whoever sees it.
+    let queued = unsafe { sys::cuStreamWriteValue32_v2(stream.raw, transfer.to.address() + word, 1, 0) };
+    stream.context.check("cuStreamWriteValue32", queued)
 }
 
 // === impl Places ===

@@ -59,19 +59,44 @@ impl Mapping {
         let mut mapping = Self::reserve(context, bytes, granule)?;
         while mapping.mapped() < bytes {
             let len = granule.min(bytes - mapping.mapped());
-            let mut handle = 0;
-            // SAFETY: the context is current; one handle is written.
-            let made = unsafe { sys::cuMemCreate(&raw mut handle, to_usize(len), &raw const prop, 0) };
-            if made == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            let Some(handle) = create(context, len, &prop)? else {
                 // What there is of it goes back first, so that it counts as free.
                 drop(mapping);
                 return Err(context.out_of_memory(bytes));
-            }
-            context.check("cuMemCreate", made)?;
+            };
             mapping.map(handle, len)?;
         }
-        mapping.allow(peers)?;
+        mapping.allow(0, peers)?;
         Ok(mapping)
+    }
+
+    /// Addresses for `capacity` bytes, rounded up; memory comes with [`Self::grow`].
+    pub(crate) fn grows(context: &Arc<Context>, capacity: u64, granule: u64) -> Result<Self, DeviceError> {
+        let prop = properties(context);
+        let step = granularity(context, &prop)?;
+        let capacity = round_up(context, capacity.max(1), step)?;
+        let granule = round_up(context, granule.clamp(1, capacity), step)?;
+        Self::reserve(context, capacity, granule)
+    }
+
+    /// Sees to it that the first `bytes` have memory. What was there stays, whatever happens.
+    pub(crate) fn grow(&mut self, bytes: u64) -> Result<(), DeviceError> {
+        let context = Arc::clone(&self.addresses.context);
+        let capacity = self.addresses.bytes;
+        if bytes > capacity {
+            return Err(DeviceError::OutOfRange { what: "range", at: 0, end: bytes, len: capacity });
+        }
+        let prop = properties(&context);
+        while self.mapped() < bytes {
+            let before = self.mapped();
+            context.bind()?;
+            let len = self.granule.min(capacity - before);
+            let handle =
+                create(&context, len, &prop)?.ok_or_else(|| context.out_of_memory(bytes - before))?;
+            self.map(handle, len)?;
+            self.allow(before, &[])?;
+        }
+        Ok(())
     }
 
     /// Memory that another process exported: the same granules, in the same order.
@@ -104,7 +129,7 @@ impl Mapping {
             context.check("cuMemImportFromShareableHandle", imported)?;
             mapping.map(handle, len)?;
         }
-        mapping.allow(peers)?;
+        mapping.allow(0, peers)?;
         Ok(mapping)
     }
 
@@ -167,19 +192,22 @@ impl Mapping {
         Ok(())
     }
 
-    fn allow(&self, peers: &[Arc<Context>]) -> Result<(), DeviceError> {
-        let Addresses { context, first, bytes } = &*self.addresses;
+    /// Gives this device, and `peers`, access to what is mapped from byte `from` on.
+    fn allow(&self, from: u64, peers: &[Arc<Context>]) -> Result<(), DeviceError> {
+        let Addresses { context, first, .. } = &*self.addresses;
+        let (at, bytes) = (first + from, self.mapped() - from);
         let allow = |context: &Arc<Context>| CUmemAccessDesc {
             location: location(context),
             flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
         };
         let who: Vec<_> = std::iter::once(context).chain(peers).map(allow).collect();
-        // SAFETY: the whole range is mapped; the list is as long as it says.
-        let allowed = unsafe { sys::cuMemSetAccess(*first, to_usize(*bytes), who.as_ptr(), who.len()) };
+        // SAFETY: the range is mapped; the list is as long as it says.
+        let allowed = unsafe { sys::cuMemSetAccess(at, to_usize(bytes), who.as_ptr(), who.len()) };
         context.check("cuMemSetAccess", allowed)
     }
 
-    fn mapped(&self) -> u64 {
+    /// Bytes that have memory.
+    pub(crate) fn mapped(&self) -> u64 {
         // Every granule but the last is a whole one.
         (self.granules.len() as u64 * self.granule).min(self.addresses.bytes)
     }
@@ -229,6 +257,21 @@ impl Drop for Addresses {
             tracing::error!(device = self.context.ordinal, %error, "device addresses were not given back");
         }
     }
+}
+
+/// New memory, mapped nowhere yet; `None` when there isn't enough.
+fn create(
+    context: &Context,
+    bytes: u64,
+    prop: &CUmemAllocationProp,
+) -> Result<Option<CUmemGenericAllocationHandle>, DeviceError> {
+    let mut handle = 0;
+    // SAFETY: the caller has made the context current; one handle is written.
+    let made = unsafe { sys::cuMemCreate(&raw mut handle, to_usize(bytes), prop, 0) };
+    if made == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return Ok(None);
+    }
+    context.check("cuMemCreate", made).map(|()| Some(handle))
 }
 
 fn location(context: &Context) -> CUmemLocation {

@@ -1,5 +1,6 @@
 //! NVIDIA GPUs, through the driver's own interface, opened at run time.
 
+mod compute;
 mod context;
 mod device;
 mod driver;
@@ -8,6 +9,9 @@ mod memory;
 mod sums;
 mod topology;
 
+pub use compute::{
+    ComputeStream, DeviceBuffer, GrowingMemory, Kernel, KernelTime, Launch, PinnedBuffer, Program,
+};
 pub use device::{CudaDevice, CudaOptions};
 pub use topology::cuda_devices;
 

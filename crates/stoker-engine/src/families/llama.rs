@@ -32,6 +32,9 @@ struct Llama {
     inverse_frequencies: Vec<f32>,
     rope_layout: RopeLayout,
     threads: Arc<Threads>,
+    kv: KvStorage,
+    /// Of the last pass.
+    logits: Vec<f32>,
     buffers: Buffers,
 }
 
@@ -136,12 +139,14 @@ pub(super) fn load(
         inverse_frequencies: rope::frequencies(&config.rope, factors.as_deref())?,
         rope_layout: config.rope.layout,
         threads,
+        kv: KvStorage::new(KvShape { layers: config.layers as usize, kv_heads, head_dim }, 0)?,
+        logits: Vec::new(),
         buffers: Buffers::default(),
     }))
 }
 
 /// What the kernels take for granted.
-fn check(config: &ModelConfig) -> Result<(), EngineError> {
+pub(crate) fn check(config: &ModelConfig) -> Result<(), EngineError> {
     /// Query heads that share a key and value head, at most: a fixed array in the attention kernel.
     const GROUP_MAX: u32 = 64;
     let ModelConfig {
@@ -230,20 +235,30 @@ impl Model for Llama {
         self.vocab_size
     }
 
-    fn kv_shape(&self) -> KvShape {
-        KvShape {
-            layers: self.layers.len(),
-            kv_heads: self.attention.kv_heads,
-            head_dim: self.attention.head_dim,
-        }
+    fn kv_block_bytes(&self) -> u64 {
+        self.kv.shape().block_bytes()
+    }
+
+    fn open_kv(&mut self, capacity: usize) -> Result<(), EngineError> {
+        self.kv = KvStorage::new(self.kv.shape(), capacity)?;
+        Ok(())
+    }
+
+    fn grow_kv(&mut self, blocks: usize) -> Result<(), EngineError> {
+        self.kv.ensure(blocks);
+        Ok(())
     }
 
     fn threads(&self) -> &Threads {
         &self.threads
     }
 
-    fn forward(&mut self, batch: &Batch<'_>, kv: &mut KvStorage, logits: &mut Vec<f32>) {
-        let Self { threads, hidden, attention: shape, norm_epsilon, .. } = self;
+    fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    fn forward(&mut self, batch: &Batch<'_>) -> Result<(), EngineError> {
+        let Self { threads, hidden, attention: shape, norm_epsilon, kv, logits, .. } = self;
         let (hidden, epsilon) = (*hidden, *norm_epsilon);
         let query_width = shape.heads * shape.head_dim;
         let kv_width = shape.kv_heads * shape.head_dim;
@@ -344,11 +359,12 @@ impl Model for Llama {
 
         logits.clear();
         if rows == 0 {
-            return;
+            return Ok(());
         }
         rms_norm(threads, &x[..rows * hidden], &self.output_norm, epsilon, part(normed, rows, hidden));
         let mut input = Activations::new(&normed[..rows * hidden], rows, hidden, scratch);
         logits.resize(rows * self.vocab_size as usize, 0.0);
         linear(threads, self.head.as_ref().unwrap_or(&self.embedding), None, &mut input, logits);
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Model families: one file each, and its line in [`FAMILIES`].
 
-mod llama;
-mod rope;
+pub(crate) mod llama;
+pub(crate) mod rope;
 mod tensors;
 
 use std::sync::Arc;
@@ -33,6 +33,19 @@ pub fn load_model(
     threads: Arc<Threads>,
     limits: &EngineLimits,
 ) -> Result<Box<dyn Model>, EngineError> {
+    let config = config_of(manifest, limits)?;
+    let family = FAMILIES
+        .iter()
+        .find(|family| family.architecture == config.architecture)
+        .ok_or(EngineError::Architecture { architecture: config.architecture })?;
+    (family.load)(config, &Tensors::new(manifest, regions), threads)
+}
+
+/// What a manifest says of a model that can be computed within the limits.
+pub(crate) fn config_of<'a>(
+    manifest: &'a Manifest,
+    limits: &EngineLimits,
+) -> Result<&'a ModelConfig, EngineError> {
     let config = match (&manifest.refusal, &manifest.config) {
         (None, Some(config)) => config,
         (Some(reason), _) => return Err(EngineError::Refused { reason: reason.clone() }),
@@ -45,9 +58,5 @@ pub fn load_model(
         );
         return Err(EngineError::Config { what });
     }
-    let family = FAMILIES
-        .iter()
-        .find(|family| family.architecture == config.architecture)
-        .ok_or(EngineError::Architecture { architecture: config.architecture })?;
-    (family.load)(config, &Tensors::new(manifest, regions), threads)
+    Ok(config)
 }

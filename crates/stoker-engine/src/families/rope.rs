@@ -5,7 +5,7 @@ use stoker_checkpoint::{Rope, RopeScaling};
 use crate::{EngineError, kernels::inverse_frequencies};
 
 /// Angle per position of each pair of dimensions, `[dims / 2]`, radians; `divisors` is a GGUF's `rope_freqs` tensor.
-pub(super) fn frequencies(rope: &Rope, divisors: Option<&[f32]>) -> Result<Vec<f32>, EngineError> {
+pub(crate) fn frequencies(rope: &Rope, divisors: Option<&[f32]>) -> Result<Vec<f32>, EngineError> {
     let config = |what: String| Err(EngineError::Config { what });
     if rope.dims == 0 || !rope.dims.is_multiple_of(2) {
         return config(format!("rotary dimensions come in pairs, not {}", rope.dims));

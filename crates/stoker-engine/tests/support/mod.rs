@@ -7,10 +7,14 @@ use std::{
     sync::Arc,
 };
 
-use stoker_checkpoint::{Manifest, ModelConfig, Part, Role, Source, dequant::COMPUTABLE, index};
+use stoker_checkpoint::{
+    Manifest, ModelConfig, Part, Role, Source,
+    dequant::{COMPUTABLE, dequantize},
+    index,
+};
 use stoker_engine::{
-    Batch, Engine, EngineLimits, KvStorage, Model, Region, SequenceRequest, Span, StepEngine, Threads,
-    kv::BLOCK_TOKENS, load_model,
+    Batch, Engine, EngineLimits, Model, Region, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS,
+    load_model,
 };
 use stoker_types::{DType, Sampling};
 
@@ -26,9 +30,10 @@ pub(crate) type Tokens = Vec<(u32, u32)>;
 /// A small generator, so that a failure repeats.
 pub(crate) struct Random(pub(crate) u64);
 
-/// A folder of the repository's test data.
+/// A folder of the repository's test data, which `STOKER_TEST_DATA` names on a machine without the repository.
 pub(crate) fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data").join(name)
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    std::env::var_os("STOKER_TEST_DATA").map_or_else(here, PathBuf::from).join(name)
 }
 
 pub(crate) const LIMITS: EngineLimits =
@@ -94,6 +99,43 @@ impl Checkpoint {
         let matrices = manifest.tensors.iter().filter(|tensor| tensor.shape.len() == 2);
         assert!(COMPUTABLE.iter().all(|dtype| matrices.clone().any(|tensor| tensor.dtype == *dtype)));
         manifest.files.truncate(1);
+        Self { manifest, regions: vec![Arc::new(file)] }
+    }
+
+    /// As [`of_every_type`](Self::of_every_type), with all matrices of one type.
+    pub(crate) fn of_type(dtype: DType) -> Self {
+        let first = COMPUTABLE.iter().position(|other| *other == dtype).unwrap();
+        let Self { mut manifest, .. } = Self::of_every_type(first);
+        let mut random = Random(first as u64);
+        let mut file = Vec::new();
+        for tensor in &mut manifest.tensors {
+            if tensor.shape.len() == 2 {
+                tensor.dtype = dtype;
+            }
+            tensor.offset = file.len() as u64;
+            tensor.len = tensor.dtype.bytes_of(tensor.shape.iter().product()).unwrap();
+            random.numbers(tensor.dtype, usize::try_from(tensor.len).unwrap(), &mut file);
+        }
+        manifest.files[0].identity.len = file.len() as u64;
+        Self { manifest, regions: vec![Arc::new(file)] }
+    }
+
+    /// The same numbers, 32 bits wide.
+    pub(crate) fn dequantised(&self) -> Self {
+        let mut manifest = self.manifest.clone();
+        let mut file = Vec::new();
+        for tensor in &mut manifest.tensors {
+            let from = usize::try_from(tensor.offset).unwrap();
+            let bytes = &self.regions[tensor.file as usize].bytes()[from..];
+            let mut numbers = vec![0.0; usize::try_from(tensor.shape.iter().product::<u64>()).unwrap()];
+            let len = usize::try_from(tensor.len).unwrap();
+            dequantize(tensor.dtype, &bytes[..len], &mut numbers).unwrap();
+            (tensor.dtype, tensor.file, tensor.offset) = (DType::F32, 0, file.len() as u64);
+            file.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            tensor.len = file.len() as u64 - tensor.offset;
+        }
+        manifest.files.truncate(1);
+        manifest.files[0].identity.len = file.len() as u64;
         Self { manifest, regions: vec![Arc::new(file)] }
     }
 
@@ -197,8 +239,14 @@ impl Random {
                     let block = out.len();
                     let len = usize::try_from(dtype.block_bytes()).unwrap();
                     out.extend((0..len).map(|_| u8::try_from(self.below(256)).unwrap()));
+                    // Elements of K types are scaled twice.
+                    let largest = match dtype {
+                        DType::Q4_K | DType::Q5_K => 0.0005,
+                        DType::Q6_K => 0.0002,
+                        _ => 0.005,
+                    };
                     for at in scales(dtype) {
-                        let scale = half(self.float() * 0.005);
+                        let scale = half(self.float() * largest);
                         out[block + at..block + at + 2].copy_from_slice(&scale);
                     }
                 }
@@ -224,14 +272,14 @@ pub(crate) fn logits_in_chunks(
     rows: usize,
 ) -> Vec<Vec<f32>> {
     let blocks: Vec<u32> = (0..u32::try_from(tokens.len().div_ceil(BLOCK_TOKENS)).unwrap()).collect();
-    let mut kv = KvStorage::new(model.kv_shape(), blocks.len()).unwrap();
-    kv.ensure(blocks.len());
-    let (mut all, mut logits, mut start) = (Vec::new(), Vec::new(), 0);
+    model.open_kv(blocks.len()).unwrap();
+    model.grow_kv(blocks.len()).unwrap();
+    let (mut all, mut start) = (Vec::new(), 0);
     for tokens in tokens.chunks(rows) {
         let spans = [Span { rows: tokens.len(), start, blocks: &blocks }];
         let logit_rows: Vec<usize> = (from.saturating_sub(start)..tokens.len()).collect();
-        model.forward(&Batch { tokens, spans: &spans, logit_rows: &logit_rows }, &mut kv, &mut logits);
-        all.extend(logits.chunks_exact(model.vocab_size() as usize).map(<[f32]>::to_vec));
+        model.forward(&Batch { tokens, spans: &spans, logit_rows: &logit_rows }).unwrap();
+        all.extend(model.logits().chunks_exact(model.vocab_size() as usize).map(<[f32]>::to_vec));
         start += tokens.len();
     }
     all

@@ -286,6 +286,7 @@ impl Plain {
                 to: self.slab.clone(),
                 cuts: vec![Cut::range(0, len, to)],
                 // The receiver waits for as many as fly.
+                arrival: None,
                 done: Box::new(move |result| drop(sender.send(result))),
             });
             flying += 1;

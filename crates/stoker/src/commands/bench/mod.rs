@@ -3,6 +3,7 @@
 //! and `p99`.
 
 pub(crate) mod ablation;
+pub(crate) mod cold;
 pub(crate) mod engine;
 pub(crate) mod from_remote;
 pub(crate) mod load;

@@ -97,6 +97,7 @@ impl Limits {
                         to: self.slabs[device].clone(),
                         cuts: vec![Cut::range(0, usize::try_from(len)?, to)],
                         // The receiver waits until the last sender is gone.
+                        arrival: None,
                         done: Box::new(move |result| drop(sender.send(result))),
                     });
                     left -= len;
@@ -154,6 +155,7 @@ impl Limits {
                     to: self.slabs[device].clone(),
                     cuts: vec![Cut::range(0, *len, to)],
                     // The receiver waits for as many as fly.
+                    arrival: None,
                     done: Box::new(move |result| drop(sender.send(result))),
                 });
                 flying += 1;
