@@ -500,6 +500,9 @@ impl Model for GpuLlama {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
         let bytes = logit_rows * self.vocab_size as usize * 4;
+        // Before anything is queued: the driver gives and takes memory when the device is idle, and a pass that waits for
+        // its weights keeps it busy until somebody gets through to the driver with them.
+        pinned(&mut self.logits, &gpu.device, bytes)?;
 
         gpu.stream.bind()?;
         // SAFETY: the workspace has room for all of it and is locked until the stream has been waited for.
@@ -510,10 +513,9 @@ impl Model for GpuLlama {
         };
         self.pass = pass;
         let queued = queued.and_then(|passed| {
-            let download = pinned(&mut self.logits, &gpu.device, bytes)?;
-            if bytes > 0 {
+            if let Some(logits) = self.logits.as_mut().filter(|_| bytes > 0) {
                 // SAFETY: as above.
-                unsafe { gpu.stream.download(at.logits, download, bytes)? };
+                unsafe { gpu.stream.download(at.logits, logits, bytes)? };
             }
             Ok(passed)
         });
