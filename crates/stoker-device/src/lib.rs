@@ -23,5 +23,5 @@ pub use cuda::{
 pub use device::{Cut, Device, Done, HostBytes, Transfer};
 pub use error::{CudaVersion, DeviceError};
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};
-pub use simulated::{SimulatedDevice, SimulatedOptions};
+pub use simulated::{SimulatedDevice, SimulatedOptions, SimulatedWindow};
 pub use slab::{Slab, SlabPart};

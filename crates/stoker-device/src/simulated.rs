@@ -1,9 +1,12 @@
 //! A device in host memory, with a link of a given speed: for machines without a GPU, for tests, and for faults.
+//!
+//! Its granules are files in memory, so that other processes map them as they would a GPU's ([`SimulatedWindow`]).
 
 #![expect(unsafe_code, reason = "memory that is written behind a shared handle, as a device's is")]
 
 use std::{
     fmt,
+    os::fd::{AsRawFd, OwnedFd},
     ptr::NonNull,
     sync::{
         Arc,
@@ -14,7 +17,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags, SealFlags},
+    mm::{MapFlags, ProtFlags},
+};
 use stoker_io::Pinner;
 use stoker_types::{ByteSize, BytesPerSec, ChunkSum};
 
@@ -54,20 +60,28 @@ struct Shared {
     real_time: bool,
     queue: Queue,
     used: Arc<AtomicU64>,
+    /// Bytes that others hold.
+    others: AtomicU64,
     /// Nanoseconds for which the link was busy, as modelled.
     busy_ns: AtomicU64,
     /// Bytes that may still be copied before the next fault.
     fault: Mutex<Option<(u64, DeviceError)>>,
 }
 
-/// Anonymous memory, which takes room only as it is written.
+/// A simulated device's memory in another process, which was given its descriptors ([`Slab::export`]): readable, in one
+/// piece. What it reads means something once the copies into it have ended; who gave the descriptors says when.
+pub struct SimulatedWindow {
+    space: HostSpace,
+}
+
+/// Files in memory, which take room only as they are written.
 pub(crate) struct HostMemory {
     space: Arc<HostSpace>,
     granule: u64,
     granules: Vec<Arc<HostGranule>>,
 }
 
-/// Its addresses.
+/// Addresses.
 struct HostSpace {
     base: NonNull<u8>,
     len: usize,
@@ -80,6 +94,8 @@ pub(crate) struct HostGranule {
     space: Arc<HostSpace>,
     at: usize,
     len: usize,
+    /// The memory.
+    file: OwnedFd,
     used: Arc<AtomicU64>,
 }
 
@@ -124,6 +140,7 @@ impl SimulatedDevice {
             real_time,
             queue: Queue::default(),
             used: Arc::default(),
+            others: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
             fault: Mutex::default(),
         });
@@ -143,6 +160,11 @@ impl SimulatedDevice {
         Duration::from_nanos(self.shared.busy_ns.load(Ordering::Relaxed))
     }
 
+    /// Has other processes hold so many bytes of it from now on, as they may of a GPU's.
+    pub fn hold_elsewhere(&self, bytes: ByteSize) {
+        self.shared.others.store(bytes.bytes(), Ordering::Relaxed);
+    }
+
     /// After `bytes` more, one copy fails with `error`. [`DeviceError::Lost`] fails all that follow, too.
     pub fn fail_after(&self, bytes: ByteSize, error: DeviceError) {
         *self.shared.fault.lock() = Some((bytes.bytes(), error));
@@ -156,8 +178,9 @@ impl Device for SimulatedDevice {
 
     fn memory(&self) -> Result<DeviceMemory, DeviceError> {
         let slabs = ByteSize(self.shared.used.load(Ordering::Relaxed));
+        let others = ByteSize(self.shared.others.load(Ordering::Relaxed));
         let total = self.shared.memory;
-        Ok(DeviceMemory { total, free: total.saturating_sub(slabs), slabs })
+        Ok(DeviceMemory { total, free: total.saturating_sub(slabs).saturating_sub(others), slabs })
     }
 
     fn allocate(&self, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError> {
@@ -165,11 +188,12 @@ impl Device for SimulatedDevice {
         let len = bytes.bytes().max(1).next_multiple_of(page);
         let granule = granule.bytes().clamp(1, len).next_multiple_of(page);
         let (total, ordinal) = (self.shared.memory, self.shared.ordinal);
+        let ours = total.saturating_sub(ByteSize(self.shared.others.load(Ordering::Relaxed)));
         let taken = self.shared.used.try_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(len).filter(|used| *used <= total.bytes())
+            used.checked_add(len).filter(|used| *used <= ours.bytes())
         });
         if let Err(used) = taken {
-            let free = total.saturating_sub(ByteSize(used));
+            let free = ours.saturating_sub(ByteSize(used));
             return Err(DeviceError::OutOfMemory { device: ordinal, needed: ByteSize(len), free, total });
         }
         let memory = HostMemory::new(len, granule, &self.shared.used).inspect_err(|_| {
@@ -283,30 +307,82 @@ impl Shared {
     }
 }
 
+// === impl SimulatedWindow ===
+
+impl SimulatedWindow {
+    /// Maps memory that another process exported, `bytes` in granules of `granule`.
+    ///
+    /// # Errors
+    /// [`DeviceError::Os`] when the descriptors are no such memory; the operating system's.
+    pub fn import(granules: &[OwnedFd], bytes: ByteSize, granule: ByteSize) -> Result<Self, DeviceError> {
+        let wrong = |why: &str| DeviceError::Os {
+            call: "importing a simulated device's memory",
+            words: format!("{} descriptors for {bytes} in granules of {granule}: {why}", granules.len()),
+        };
+        let page = rustix::param::page_size() as u64;
+        let whole = granule.bytes() > 0 && granule.bytes().is_multiple_of(page);
+        if !whole || bytes.bytes() == 0 || bytes.bytes().div_ceil(granule.bytes()) != granules.len() as u64 {
+            return Err(wrong("they don't add up"));
+        }
+        let (Ok(len), Ok(step)) = (usize::try_from(bytes.bytes()), usize::try_from(granule.bytes())) else {
+            return Err(wrong("more than there are addresses"));
+        };
+        let space = HostSpace::reserve(len)?;
+        for (file, at) in granules.iter().zip((0..len).step_by(step)) {
+            let part = step.min(len - at);
+            // Pages beyond a file's end, or of one that shrinks, would end the process when they are read.
+            let sealed =
+                rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+            let is = rustix::fs::fstat(file).map_err(os("fstat"))?.st_size;
+            if !sealed || u64::try_from(is).unwrap_or(0) < part as u64 {
+                return Err(wrong("one is no granule of a simulated device"));
+            }
+            space.map(at, part, file, ProtFlags::READ)?;
+        }
+        Ok(Self { space })
+    }
+}
+
+impl AsRef<[u8]> for SimulatedWindow {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the whole range is mapped readable while `self` lives, its files can't shrink, and their owner doesn't
+        // write to them any more once it has said that the copies have ended (see the type).
+        unsafe { std::slice::from_raw_parts(self.space.base.as_ptr(), self.space.len) }
+    }
+}
+
+impl fmt::Debug for SimulatedWindow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimulatedWindow").field("len", &self.space.len).finish_non_exhaustive()
+    }
+}
+
 // === impl HostMemory ===
 
 impl HostMemory {
     fn new(bytes: u64, granule: u64, used: &Arc<AtomicU64>) -> Result<Self, DeviceError> {
-        let os = |words: String| DeviceError::Os { call: "mmap", words };
-        let len = usize::try_from(bytes).map_err(|error| os(error.to_string()))?;
+        let len = usize::try_from(bytes)
+            .map_err(|error| DeviceError::Os { call: "mmap", words: error.to_string() })?;
         let step = usize::try_from(granule).unwrap_or(len);
-        // SAFETY: a new private mapping at an address that the kernel chooses.
-        let base = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(|errno| os(errno.to_string()))?;
-        let base = NonNull::new(base.cast()).ok_or_else(|| os("mapped at address zero".to_owned()))?;
-        let space = Arc::new(HostSpace { base, len, access: Mutex::new(()) });
-        let granules = (0..len).step_by(step).map(|at| {
+        let space = Arc::new(HostSpace::reserve(len)?);
+        let parts = (0..len).step_by(step).map(|at| (at, step.min(len - at)));
+        let files = parts.map(|(at, len)| Ok((at, len, space.add(at, len)?)));
+        let files = files.collect::<Result<Vec<_>, DeviceError>>()?;
+        // From here on nothing fails: what a granule gives back when it goes was counted as used by the caller.
+        let granules = files.into_iter().map(|(at, len, file)| {
             let (space, used) = (Arc::clone(&space), Arc::clone(used));
-            Arc::new(HostGranule { space, at, len: step.min(len - at), used })
+            Arc::new(HostGranule { space, at, len, file, used })
         });
         Ok(Self { granule, granules: granules.collect(), space })
+    }
+
+    /// A descriptor for each granule, for reading.
+    pub(crate) fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        let export_one = |granule: &Arc<HostGranule>| {
+            let path = format!("/proc/self/fd/{}", granule.file.as_raw_fd());
+            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(os("open"))
+        };
+        self.granules.iter().map(export_one).collect()
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -341,14 +417,65 @@ impl HostMemory {
     }
 }
 
+// === impl HostSpace, HostGranule ===
+
+impl HostSpace {
+    /// Addresses without memory.
+    fn reserve(len: usize) -> Result<Self, DeviceError> {
+        // SAFETY: a new private mapping at an address that the kernel chooses.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(os("mmap"))?;
+        let base = NonNull::new(base.cast())
+            .ok_or_else(|| DeviceError::Os { call: "mmap", words: "mapped at address zero".to_owned() })?;
+        Ok(Self { base, len, access: Mutex::new(()) })
+    }
+
+    /// New memory behind a part of the addresses.
+    fn add(&self, at: usize, len: usize) -> Result<OwnedFd, DeviceError> {
+        let file = rustix::fs::memfd_create("stoker-device", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(os("memfd_create"))?;
+        rustix::fs::ftruncate(&file, len as u64).map_err(os("ftruncate"))?;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&file, seals).map_err(os("fcntl"))?;
+        self.map(at, len, &file, ProtFlags::READ | ProtFlags::WRITE)?;
+        Ok(file)
+    }
+
+    fn map(&self, at: usize, len: usize, file: &OwnedFd, access: ProtFlags) -> Result<(), DeviceError> {
+        assert!(at <= self.len && len <= self.len - at, "a granule lies within its slab");
+        // SAFETY: replaces a part of the reservation (above) that nobody uses yet.
+        let mapped = unsafe {
+            let at = self.base.as_ptr().add(at).cast();
+            rustix::mm::mmap(
+                at,
+                len,
+                access,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                0,
+            )
+        };
+        mapped.map(|_| ()).map_err(os("mmap"))
+    }
+}
+
 impl Drop for HostGranule {
     fn drop(&mut self) {
-        // SAFETY: the range lies within the mapping, which the granule holds, and nobody uses it any more.
+        // SAFETY: the range lies within the reservation, which the granule holds, and nobody uses it any more. The file's
+        // memory goes with its last mapping, another process's included.
         let forgotten = unsafe {
-            rustix::mm::madvise(
+            rustix::mm::mmap_anonymous(
                 self.space.base.as_ptr().add(self.at).cast(),
                 self.len,
-                rustix::mm::Advice::LinuxDontNeed,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
             )
         };
         if let Err(error) = forgotten {
@@ -360,9 +487,13 @@ impl Drop for HostGranule {
 
 impl Drop for HostSpace {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length. The only error is a range that isn't mapped.
+        // SAFETY: the mapping was made by `reserve` with this length. The only error is a range that isn't mapped.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
     }
+}
+
+fn os(call: &'static str) -> impl FnOnce(rustix::io::Errno) -> DeviceError {
+    move |errno| DeviceError::Os { call, words: errno.to_string() }
 }
 
 #[cfg(test)]
@@ -469,6 +600,58 @@ mod tests {
         assert_eq!(used(), 0);
         drop(none);
         device.allocate(ByteSize(16 * page), ByteSize::ZERO).unwrap();
+    }
+
+    #[test]
+    fn exported_memory_is_seen_elsewhere_and_outlives_its_slab() {
+        let page = rustix::param::page_size() as u64;
+        let device = device(&SimulatedOptions::default());
+        let (bytes, granule) = (ByteSize(5 * page), ByteSize(2 * page));
+        let slab = device.allocate(bytes, granule).unwrap();
+        let granules = slab.export().unwrap();
+        assert_eq!(granules.len(), 3);
+        let window = SimulatedWindow::import(&granules, bytes, granule).unwrap();
+        let across = vec![Cut::range(0, 4, 2 * page - 2), Cut::range(4, 1, 5 * page - 1)];
+        copy(&device, vec![1, 2, 3, 4, 5], &slab, across).unwrap();
+        let at = usize::try_from(2 * page - 2).unwrap();
+        assert_eq!((&window.as_ref()[at..at + 4], window.as_ref().last()), (&[1, 2, 3, 4][..], Some(&5)));
+        drop(slab);
+        assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO);
+        assert_eq!(&window.as_ref()[at..at + 4], [1, 2, 3, 4], "whoever maps it has it");
+        // SAFETY of the type rests on these.
+        for (granules, bytes, granule) in [
+            (&granules[..2], bytes, granule),
+            (&granules[..], ByteSize(7 * page), granule),
+            (&granules[..], bytes, ByteSize(2 * page + 1)),
+            (&granules[..], ByteSize(6 * page), granule),
+            (&granules[..0], ByteSize::ZERO, granule),
+        ] {
+            assert!(SimulatedWindow::import(granules, bytes, granule).is_err(), "{bytes} in {granule}");
+        }
+        let file = OwnedFd::from(tempfile());
+        assert!(SimulatedWindow::import(&[file], ByteSize(page), ByteSize(page)).is_err(), "not sealed");
+        let writable = rustix::fs::fcntl_getfl(&granules[0]).unwrap().contains(OFlags::RDWR);
+        assert!(!writable, "for reading only");
+    }
+
+    fn tempfile() -> std::fs::File {
+        let file = rustix::fs::memfd_create("unsealed", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 1 << 20).unwrap();
+        file.into()
+    }
+
+    #[test]
+    fn what_others_hold_is_not_free() {
+        let device = device(&SimulatedOptions { memory: ByteSize::mib(4), ..SimulatedOptions::default() });
+        device.hold_elsewhere(ByteSize::mib(3));
+        assert_eq!(device.memory().unwrap().free, ByteSize::mib(1));
+        let error = device.allocate(ByteSize::mib(2), ByteSize::ZERO).unwrap_err();
+        assert!(
+            matches!(error, DeviceError::OutOfMemory { free, .. } if free == ByteSize::mib(1)),
+            "{error}"
+        );
+        device.hold_elsewhere(ByteSize::ZERO);
+        device.allocate(ByteSize::mib(4), ByteSize::ZERO).unwrap();
     }
 
     #[test]

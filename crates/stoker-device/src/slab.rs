@@ -97,17 +97,14 @@ impl Slab {
     }
 
     /// A descriptor for each granule, in order. Whoever has them can map the memory in another process
-    /// ([`crate::CudaDevice::import`]), and keeps it alive.
+    /// ([`crate::CudaDevice::import`], [`crate::SimulatedWindow::import`]), and keeps it alive.
     ///
     /// # Errors
-    /// [`DeviceError::Unsupported`] on a device whose memory can't leave the process; the driver's.
+    /// The driver's or the operating system's.
     pub fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
         match &self.inner.memory {
             Memory::Cuda(mapping) => mapping.export(),
-            Memory::Host(_) => Err(DeviceError::Unsupported {
-                device: self.inner.device,
-                what: "export memory to other processes",
-            }),
+            Memory::Host(memory) => memory.export(),
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use stoker_checkpoint::{Source, index};
 use stoker_engine::{
-    Batch, Engine, EngineError, EngineLimits, Model, Region, SequenceRequest, StepEngine, Threads,
+    Batch, Engine, EngineError, EngineLimits, Model, Places, Region, SequenceRequest, StepEngine, Threads,
     load_model, physical_cores,
 };
 use stoker_types::{Sampling, clock};
@@ -81,7 +81,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ] {
         let threads = Arc::new(Threads::new(threads)?);
         let start = clock::now();
-        let model = load_model(&manifest, &regions, threads, &limits)?;
+        let model = load_model(&manifest, Places::Files(&regions), threads, &limits)?;
         let load = start.elapsed();
         let mut engine = Engine::new(Box::new(Timed { model, forward_ns: Arc::clone(&forward_ns) }), limits)?;
         for key in 0..sequences {

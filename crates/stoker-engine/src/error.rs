@@ -65,6 +65,14 @@ pub enum EngineError {
         /// How many regions there are.
         regions: usize,
     },
+    /// A tensor whose place was not given.
+    #[error("where tensor `{tensor}` is was not said: there are {offsets} offsets")]
+    MissingOffset {
+        /// Its name.
+        tensor: String,
+        /// How many offsets there are.
+        offsets: usize,
+    },
     /// A limit of zero.
     #[error("the limit {limit} must be at least 1")]
     Limits {
@@ -124,6 +132,7 @@ impl EngineError {
             | Self::Tensor { .. }
             | Self::NoGpuKernel { .. } => true,
             Self::MissingRegion { .. }
+            | Self::MissingOffset { .. }
             | Self::Limits { .. }
             | Self::KvTooSmall { .. }
             | Self::KvAddressSpace { .. }

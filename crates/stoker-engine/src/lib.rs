@@ -1,6 +1,6 @@
 //! Inference on the CPU and on GPUs ([`gpu`]): model families, row-invariant kernels, paged KV cache, continuous batching, sampling.
 //!
-//! [`load_model`] builds a model over weight files in memory, in place; [`Engine`] computes sequences with it, one
+//! [`load_model`] builds a model over weights in memory, in place; [`Engine`] computes sequences with it, one
 //! batch a [`step`](StepEngine::step). Everything here is synchronous: the worker runs an engine on a thread of its own.
 //!
 //! *Row invariance*: the logits of a row depend on its token, its position and its sequence's earlier tokens alone, bit
@@ -23,7 +23,7 @@ pub mod weight;
 
 pub use engine::Engine;
 pub use error::EngineError;
-pub use families::load_model;
+pub use families::{Places, load_model};
 pub use kernels::Isa;
 pub use model::{Batch, Model, Span};
 pub use standin::StandIn;

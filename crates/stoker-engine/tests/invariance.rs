@@ -7,7 +7,8 @@ mod support;
 use std::sync::Arc;
 
 use stoker_engine::{
-    Batch, EngineLimits, Isa, Model, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS, load_model,
+    Batch, EngineLimits, Isa, Model, Places, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS,
+    load_model,
 };
 use stoker_types::{DType, Sampling};
 use support::{Checkpoint, LIMITS, Random, Tokens, data, greedy, logits_in_chunks, run};
@@ -140,7 +141,7 @@ fn logits_do_not_depend_on_batch_chunks_threads_or_instructions() {
         for isa in Isa::available() {
             for threads in [1, 3] {
                 let threads = Arc::new(Threads::with_isa(threads, isa).unwrap());
-                let regions = &checkpoint.regions;
+                let regions = Places::Files(&checkpoint.regions);
                 let mut model = load_model(&checkpoint.manifest, regions, threads, &LIMITS).unwrap();
                 for seed in 0..2 {
                     eprintln!("{name}, {}, seed {seed}", isa.name());

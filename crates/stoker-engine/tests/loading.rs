@@ -6,13 +6,13 @@ mod support;
 use std::sync::Arc;
 
 use stoker_checkpoint::{Manifest, Part, Role, RopeScaling, Tensor};
-use stoker_engine::{EngineError, EngineLimits, Model, Threads, WeightError, load_model};
+use stoker_engine::{EngineError, EngineLimits, Model, Places, Region, Threads, WeightError, load_model};
 use stoker_types::DType;
 use support::{Checkpoint, LIMITS, Random, data, logits_from};
 
 fn load(checkpoint: &Checkpoint, limits: &EngineLimits) -> Result<Box<dyn Model>, EngineError> {
     let threads = Arc::new(Threads::new(1).unwrap());
-    load_model(&checkpoint.manifest, &checkpoint.regions, threads, limits)
+    load_model(&checkpoint.manifest, Places::Files(&checkpoint.regions), threads, limits)
 }
 
 fn changed(change: impl FnOnce(&mut Manifest)) -> EngineError {
@@ -110,4 +110,32 @@ fn rope_frequencies_of_a_gguf_divide() {
     let plain = logits[2].split_off(1);
     assert_eq!(logits[0], logits[1]);
     assert_ne!(logits[0][1..], plain[..]);
+}
+
+#[test]
+fn tensors_may_lie_anywhere_in_one_region() {
+    let checkpoint = Checkpoint::read(&data("tiny-llama3"));
+    let manifest = &checkpoint.manifest;
+    let threads = || Arc::new(Threads::new(1).unwrap());
+    // Backwards, with gaps.
+    let (mut slab, mut offsets) = (Vec::new(), vec![0; manifest.tensors.len()]);
+    for (i, tensor) in manifest.tensors.iter().enumerate().rev() {
+        slab.extend([0xAA; 13]);
+        offsets[i] = slab.len() as u64;
+        let begin = usize::try_from(tensor.offset).unwrap();
+        let file = checkpoint.regions[tensor.file as usize].bytes();
+        slab.extend_from_slice(&file[begin..begin + usize::try_from(tensor.len).unwrap()]);
+    }
+    let region: Arc<dyn Region> = Arc::new(slab);
+    let places = Places::Slab { region: &region, offsets: &offsets };
+    let mut model = load_model(manifest, places, threads(), &LIMITS).unwrap();
+    let mut from_files =
+        load_model(manifest, Places::Files(&checkpoint.regions), threads(), &LIMITS).unwrap();
+    let tokens = [1, 5, 9, 2];
+    assert_eq!(logits_from(&mut *model, &tokens, 0), logits_from(&mut *from_files, &tokens, 0));
+
+    let places = Places::Slab { region: &region, offsets: &offsets[..1] };
+    let Err(error) = load_model(manifest, places, threads(), &LIMITS) else { panic!("it was loaded") };
+    assert!(matches!(&error, EngineError::MissingOffset { offsets: 1, .. }), "{error}");
+    assert!(!error.not_runnable());
 }

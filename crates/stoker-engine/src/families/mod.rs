@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use stoker_checkpoint::{Architecture, Manifest, ModelConfig};
 
-use crate::{EngineError, EngineLimits, Model, threads::Threads, weight::Region};
+use crate::{EngineError, EngineLimits, Model, threads::Threads};
+pub use tensors::Places;
 use tensors::Tensors;
 
 /// A family: an architecture and what builds a model of it.
@@ -22,14 +23,13 @@ type Load = fn(&ModelConfig, &Tensors<'_>, Arc<Threads>) -> Result<Box<dyn Model
 /// Every family that the engine computes.
 const FAMILIES: &[Family] = &[Family { architecture: Architecture::Llama, load: llama::load }];
 
-/// Builds a model over weight files in memory: region `i` holds the manifest's file `i` from its first byte. Nothing
-/// is copied but norms and biases; the model keeps the regions alive.
+/// Builds a model over its tensors in memory. Nothing is copied but norms and biases; the model keeps the regions alive.
 ///
 /// # Errors
 /// [`EngineError`]; [`EngineError::not_runnable`] tells whether another attempt could succeed.
 pub fn load_model(
     manifest: &Manifest,
-    regions: &[Arc<dyn Region>],
+    places: Places<'_>,
     threads: Arc<Threads>,
     limits: &EngineLimits,
 ) -> Result<Box<dyn Model>, EngineError> {
@@ -38,7 +38,7 @@ pub fn load_model(
         .iter()
         .find(|family| family.architecture == config.architecture)
         .ok_or(EngineError::Architecture { architecture: config.architecture })?;
-    (family.load)(config, &Tensors::new(manifest, regions), threads)
+    (family.load)(config, &Tensors::new(manifest, places), threads)
 }
 
 /// What a manifest says of a model that can be computed within the limits.

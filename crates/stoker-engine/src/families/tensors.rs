@@ -9,18 +9,34 @@ use crate::{
     weight::{Region, Weight, WeightBytes, WeightError},
 };
 
-/// A checkpoint's tensors by role, over files in memory.
+/// Where a checkpoint's tensors are in memory.
+#[derive(Clone, Copy)]
+pub enum Places<'a> {
+    /// Region `i` holds the manifest's file `i` from its first byte.
+    Files(&'a [Arc<dyn Region>]),
+    /// One region holds all of them: tensor `i` of the manifest begins at byte `offsets[i]`.
+    Slab {
+        /// The region.
+        region: &'a Arc<dyn Region>,
+        /// First byte of each tensor, in the manifest's order.
+        offsets: &'a [u64],
+    },
+}
+
+/// A checkpoint's tensors by role.
 pub(crate) struct Tensors<'a> {
-    by_role: HashMap<Role, &'a Tensor>,
-    regions: &'a [Arc<dyn Region>],
+    /// With its position in the manifest.
+    by_role: HashMap<Role, (usize, &'a Tensor)>,
+    places: Places<'a>,
 }
 
 // === impl Tensors ===
 
 impl<'a> Tensors<'a> {
-    pub(crate) fn new(manifest: &'a Manifest, regions: &'a [Arc<dyn Region>]) -> Self {
-        let by_role = manifest.tensors.iter().filter_map(|t| Some((t.role?, t))).collect();
-        Self { by_role, regions }
+    pub(crate) fn new(manifest: &'a Manifest, places: Places<'a>) -> Self {
+        let by_role =
+            manifest.tensors.iter().enumerate().filter_map(|(i, t)| Some((t.role?, (i, t)))).collect();
+        Self { by_role, places }
     }
 
     /// Whether the checkpoint has this tensor.
@@ -56,7 +72,7 @@ impl<'a> Tensors<'a> {
     }
 
     fn weight(&self, role: Role, shape: &[usize]) -> Result<Weight, EngineError> {
-        let tensor = *self.by_role.get(&role).ok_or(EngineError::MissingTensor { role })?;
+        let (index, tensor) = *self.by_role.get(&role).ok_or(EngineError::MissingTensor { role })?;
         let expected: Vec<u64> = shape.iter().map(|n| *n as u64).collect();
         if tensor.shape != expected {
             return Err(EngineError::Shape {
@@ -66,18 +82,30 @@ impl<'a> Tensors<'a> {
                 found: tensor.shape.clone(),
             });
         }
-        let region = self.regions.get(tensor.file as usize).ok_or_else(|| EngineError::MissingRegion {
-            tensor: tensor.name.clone(),
-            file: tensor.file,
-            regions: self.regions.len(),
-        })?;
+        let (region, offset) = match self.places {
+            Places::Files(regions) => {
+                let region = regions.get(tensor.file as usize).ok_or_else(|| EngineError::MissingRegion {
+                    tensor: tensor.name.clone(),
+                    file: tensor.file,
+                    regions: regions.len(),
+                })?;
+                (region, tensor.offset)
+            }
+            Places::Slab { region, offsets } => {
+                let offset = offsets.get(index).ok_or_else(|| EngineError::MissingOffset {
+                    tensor: tensor.name.clone(),
+                    offsets: offsets.len(),
+                })?;
+                (region, *offset)
+            }
+        };
         let (rows, cols) = match *shape {
             [len] => (1, len),
             [rows, cols] => (rows, cols),
             _ => unreachable!("families ask for vectors and matrices"),
         };
         let weight = || {
-            let (offset, len) = (usize::try_from(tensor.offset), usize::try_from(tensor.len));
+            let (offset, len) = (usize::try_from(offset), usize::try_from(tensor.len));
             let bytes = WeightBytes::new(
                 Arc::clone(region),
                 offset.unwrap_or(usize::MAX),

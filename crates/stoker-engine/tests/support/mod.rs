@@ -13,8 +13,8 @@ use stoker_checkpoint::{
     index,
 };
 use stoker_engine::{
-    Batch, Engine, EngineLimits, Model, Region, SequenceRequest, Span, StepEngine, Threads, kv::BLOCK_TOKENS,
-    load_model,
+    Batch, Engine, EngineLimits, Model, Places, Region, SequenceRequest, Span, StepEngine, Threads,
+    kv::BLOCK_TOKENS, load_model,
 };
 use stoker_types::{DType, Sampling};
 
@@ -141,7 +141,8 @@ impl Checkpoint {
 
     pub(crate) fn model(&self, threads: usize) -> Box<dyn Model> {
         let threads = Arc::new(Threads::new(threads).unwrap());
-        load_model(&self.manifest, &self.regions, threads, &LIMITS).expect("the model can be computed")
+        load_model(&self.manifest, Places::Files(&self.regions), threads, &LIMITS)
+            .expect("the model can be computed")
     }
 
     pub(crate) fn engine(&self, limits: EngineLimits) -> Engine {

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 use stoker_checkpoint::{Manifest, Source, index};
 use stoker_engine::{
-    Engine, EngineLimits, Region, SequenceRequest, StepEngine, Threads, load_model, physical_cores,
+    Engine, EngineLimits, Places, Region, SequenceRequest, StepEngine, Threads, load_model, physical_cores,
 };
 use stoker_io::MappedLocal;
 use stoker_types::{Sampling, clock};
@@ -85,7 +85,7 @@ pub(crate) fn run(
     let limits =
         EngineLimits { context: longest, sequences_max: 1, kv_bytes: 2 << 30, prefill_tokens_per_step: 512 };
     let engine = || -> anyhow::Result<Engine> {
-        Ok(Engine::new(load_model(&manifest, &regions, Arc::clone(&pool), &limits)?, limits)?)
+        Ok(Engine::new(load_model(&manifest, Places::Files(&regions), Arc::clone(&pool), &limits)?, limits)?)
     };
     let mut warm = engine()?;
     let load_ms = begun.elapsed().as_secs_f64() * 1e3;
