@@ -39,6 +39,7 @@ impl NodeApi for Instant {
             dram_mapped: ByteSize::ZERO,
             residency: Vec::new(),
             rates: Vec::new(),
+            devices: Vec::new(),
             workers: Vec::new(),
         }
     }

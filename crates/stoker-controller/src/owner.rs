@@ -260,6 +260,10 @@ impl Owner {
                 self.shared.state.lock().lost(worker, instance, &reason, now);
                 self.due();
             }
+            NodeEvent::InstanceLost { instance, failure } => {
+                self.shared.state.lock().undelivered(instance, failure, now);
+                self.due();
+            }
             NodeEvent::ResidencyChanged => self.due(),
             NodeEvent::Measured { model, tier, bytes, time } => {
                 let mut state = self.shared.state.lock();

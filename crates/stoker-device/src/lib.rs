@@ -11,6 +11,7 @@
 mod cuda;
 mod device;
 mod error;
+mod holders;
 mod info;
 mod queue;
 mod simulated;
@@ -22,6 +23,7 @@ pub use cuda::{
 };
 pub use device::{Cut, Device, Done, HostBytes, Transfer};
 pub use error::{CudaVersion, DeviceError};
+pub use holders::memory_holders;
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};
 pub use simulated::{SimulatedDevice, SimulatedOptions, SimulatedWindow};
 pub use slab::{Slab, SlabPart};

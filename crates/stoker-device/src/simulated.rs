@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::{
     fs::{MemfdFlags, Mode, OFlags, SealFlags},
     mm::{MapFlags, ProtFlags},
@@ -64,6 +64,9 @@ struct Shared {
     others: AtomicU64,
     /// Nanoseconds for which the link was busy, as modelled.
     busy_ns: AtomicU64,
+    /// Copies wait while this is so.
+    paused: Mutex<bool>,
+    resumed: Condvar,
     /// Bytes that may still be copied before the next fault.
     fault: Mutex<Option<(u64, DeviceError)>>,
 }
@@ -142,6 +145,8 @@ impl SimulatedDevice {
             used: Arc::default(),
             others: AtomicU64::new(0),
             busy_ns: AtomicU64::new(0),
+            paused: Mutex::default(),
+            resumed: Condvar::new(),
             fault: Mutex::default(),
         });
         let link = {
@@ -163,6 +168,12 @@ impl SimulatedDevice {
     /// Has other processes hold so many bytes of it from now on, as they may of a GPU's.
     pub fn hold_elsewhere(&self, bytes: ByteSize) {
         self.shared.others.store(bytes.bytes(), Ordering::Relaxed);
+    }
+
+    /// Has copies wait from now on, or no longer.
+    pub fn pause(&self, paused: bool) {
+        *self.shared.paused.lock() = paused;
+        self.shared.resumed.notify_all();
     }
 
     /// After `bytes` more, one copy fails with `error`. [`DeviceError::Lost`] fails all that follow, too.
@@ -238,6 +249,7 @@ impl Device for SimulatedDevice {
 impl Drop for SimulatedDevice {
     fn drop(&mut self) {
         self.shared.queue.close(&DeviceError::Closed);
+        self.pause(false);
         if let Some(link) = self.link.take()
             && link.thread().id() != std::thread::current().id()
         {
@@ -269,6 +281,7 @@ impl Shared {
     }
 
     fn make(&self, transfer: &Transfer) -> Result<(), DeviceError> {
+        self.wait_until_resumed();
         self.meet_fault(transfer.bytes())?;
         let Memory::Host(memory) = transfer.to.memory() else {
             return Err(DeviceError::WrongDevice { is: transfer.to.device(), wanted: self.ordinal });
@@ -292,6 +305,11 @@ impl Shared {
             memory.write(word, &1_u32.to_ne_bytes());
         }
         Ok(())
+    }
+
+    fn wait_until_resumed(&self) {
+        let mut paused = self.paused.lock();
+        self.resumed.wait_while(&mut paused, |paused| *paused);
     }
 
     fn meet_fault(&self, bytes: u64) -> Result<(), DeviceError> {

@@ -174,6 +174,8 @@ pub struct EngineStats {
     pub preemptions: u64,
     /// KV memory that running sequences hold, bytes.
     pub kv_bytes_used: u64,
+    /// Device memory that the engine has now, beside the weights; 0 on the CPU.
+    pub device_bytes: u64,
     /// KV memory that only the prefix cache holds: given up when a sequence needs it, bytes.
     pub kv_bytes_cached: u64,
     /// Most bytes of KV cache, whole blocks.

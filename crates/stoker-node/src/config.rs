@@ -3,7 +3,8 @@
 use std::{ffi::OsString, io, num::NonZeroU32, path::PathBuf, sync::Arc, time::Duration};
 
 use stoker_checkpoint::{ChunkSum, Manifest};
-use stoker_types::{ModelName, StartFailure};
+use stoker_device::Device;
+use stoker_types::{ByteSize, ModelName, StartFailure};
 
 use crate::{Keeper, RuntimeDir, memory::MemoryConfig};
 
@@ -11,12 +12,29 @@ use crate::{Keeper, RuntimeDir, memory::MemoryConfig};
 pub struct NodeConfig {
     /// The node's directory.
     pub runtime: RuntimeDir,
-    /// The worker processes.
+    /// The worker processes that compute from the pool; none are started where there are [`Self::devices`].
     pub workers: WorkerConfig,
+    /// The devices that models are served from, in the order of their [`stoker_types::DeviceId`]s; none: from the pool.
+    pub devices: Vec<NodeDevice>,
     /// How its budgets follow what the machine has.
     pub memory: MemoryConfig,
     /// What keeps the store's memory when the process is killed, if anything is to. Ends with [`crate::Node::shutdown`].
     pub keeper: Option<Keeper>,
+}
+
+/// A device that models are served from.
+#[derive(Debug)]
+pub struct NodeDevice {
+    /// What people call it: `cuda:0`.
+    pub name: String,
+    /// The device.
+    pub device: Arc<dyn Device>,
+    /// Most that instances may take of it; what the driver says is free, less max(512 MiB, 3 %), holds anyway.
+    pub memory: Option<ByteSize>,
+    /// What one instance takes of it beside weights and KV cache.
+    pub work: ByteSize,
+    /// Its worker processes.
+    pub workers: WorkerConfig,
 }
 
 /// Worker processes.

@@ -1,6 +1,15 @@
 //! The set of worker processes: started ahead, taken, returned, replaced.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
@@ -18,16 +27,16 @@ use crate::{
 /// First pause after a worker died at its start; doubles with each death in a row.
 const BACKOFF: Duration = Duration::from_millis(50);
 
-/// All workers of a node. A cheap handle.
+/// All workers of one of a node's devices. A cheap handle.
 #[derive(Clone)]
 pub(crate) struct Fleet {
     inner: Arc<Inner>,
 }
 
 struct Inner {
+    device: String,
     config: WorkerConfig,
-    sockets: PathBuf,
-    pool: OwnedFd,
+    workshop: Workshop,
     events: broadcast::Sender<NodeEvent>,
     state: Mutex<State>,
     /// Something changed that a taker may wait for.
@@ -37,10 +46,20 @@ struct Inner {
     tasks: TaskTracker,
 }
 
+/// What all workers of a node are made with. A cheap handle.
+#[derive(Clone)]
+pub(crate) struct Workshop {
+    /// Where their sockets are.
+    pub(crate) sockets: PathBuf,
+    /// The pool, for reading.
+    pub(crate) pool: Arc<OwnedFd>,
+    /// The number of the last one.
+    pub(crate) last_worker: Arc<AtomicU32>,
+}
+
 #[derive(Default)]
 struct State {
     workers: BTreeMap<WorkerId, Entry>,
-    last_worker: u32,
     /// Starts that wait for a worker.
     waiting: usize,
     /// Deaths in a row before a hello, and the last one's words.
@@ -96,6 +115,7 @@ pub(crate) enum NoWorker {
 pub(crate) struct WorkerView {
     pub(crate) worker: WorkerId,
     pub(crate) pid: u32,
+    pub(crate) device: String,
     pub(crate) phase: Phase,
 }
 
@@ -104,16 +124,16 @@ pub(crate) struct WorkerView {
 impl Fleet {
     /// A fleet that begins to start its first workers. Needs a runtime's context.
     pub(crate) fn new(
+        device: String,
         config: WorkerConfig,
-        sockets: PathBuf,
-        pool: OwnedFd,
+        workshop: Workshop,
         events: broadcast::Sender<NodeEvent>,
     ) -> Self {
         let fleet = Self {
             inner: Arc::new(Inner {
+                device,
                 config,
-                sockets,
-                pool,
+                workshop,
                 events,
                 state: Mutex::default(),
                 changed: Notify::new(),
@@ -218,8 +238,8 @@ impl Fleet {
             state.missing(config)
         };
         for _ in 0..missing {
-            state.last_worker += 1;
-            let worker = WorkerId(state.last_worker);
+            let last = self.inner.workshop.last_worker.fetch_add(1, Ordering::Relaxed);
+            let worker = WorkerId(last + 1);
             state.workers.insert(worker, Entry { handle: None, phase: Phase::Starting });
             self.inner.tasks.spawn(self.clone().look_after(worker, pause));
         }
@@ -234,8 +254,8 @@ impl Fleet {
         let fleet = self.clone();
         // A fork may take longer than a runtime's thread should be held.
         let spawned = tokio::task::spawn_blocking(move || {
-            let Inner { config, sockets, pool, .. } = &*fleet.inner;
-            spawn::spawn(worker, config, sockets, pool)
+            let Inner { config, workshop, .. } = &*fleet.inner;
+            spawn::spawn(worker, config, &workshop.sockets, &workshop.pool)
         });
         let task = match spawned.await {
             Ok(Ok(process)) => WorkerTask::new(worker, process, self.inner.config.watchdog, self.clone()),
@@ -318,9 +338,17 @@ impl Fleet {
         let view = |(worker, entry): (&WorkerId, &Entry)| WorkerView {
             worker: *worker,
             pid: entry.handle.as_ref().map_or(0, |h| h.pid),
+            device: self.inner.device.clone(),
             phase: entry.phase.clone(),
         };
         state.workers.iter().map(view).collect()
+    }
+
+    /// Device memory that workers have for their models, as they last said.
+    pub(crate) fn device_bytes(&self) -> u64 {
+        let state = self.inner.state.lock();
+        let handles = state.workers.values().filter_map(|entry| entry.handle.as_ref());
+        handles.map(|handle| handle.device_bytes.load(Ordering::Relaxed)).sum()
     }
 
     /// Ends every worker: streams may take `grace`, and `kill_after` beyond it the process is killed. Returns when no

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use stoker_types::{ByteSize, Generation, InstanceId, ModelName, StartFailure, StartOrder};
+use stoker_types::{ByteSize, DeviceId, Generation, InstanceId, ModelName, StartFailure, StartOrder};
 use tokio_util::sync::CancellationToken;
 
 use crate::worker::WorkerHandle;
@@ -29,6 +29,7 @@ pub(crate) struct Instance {
     pub(crate) gone: CancellationToken,
     /// Who serves it; `None` while it starts.
     pub(crate) worker: Option<WorkerHandle>,
+    device: DeviceId,
     /// KV cache that it may fill.
     kv_bytes: ByteSize,
 }
@@ -60,6 +61,7 @@ impl Instances {
             cancel: cancel.clone(),
             gone: CancellationToken::new(),
             worker: None,
+            device: order.device,
             kv_bytes: order.kv_bytes,
         };
         state.instances.insert(order.instance, instance);
@@ -86,6 +88,12 @@ impl Instances {
     pub(crate) fn kv_caches(&self) -> Vec<(Option<u32>, ByteSize)> {
         let of = |instance: &Instance| (instance.worker.as_ref().map(|w| w.pid), instance.kv_bytes);
         self.0.lock().instances.values().map(of).collect()
+    }
+
+    /// KV cache and work memory that a device's instances take, `work` each.
+    pub(crate) fn beside_weights(&self, device: DeviceId, work: ByteSize) -> ByteSize {
+        let state = self.0.lock();
+        state.instances.values().filter(|i| i.device == device).map(|i| i.kv_bytes + work).sum()
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -1,6 +1,7 @@
 //! The node: orders in, outcomes out.
 
 use std::{
+    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Weak},
     time::Duration,
@@ -9,23 +10,29 @@ use std::{
 use bytes::Bytes;
 use stoker_checkpoint::{Manifest, Trust};
 use stoker_proto::control::{FileSlots, Load};
-use stoker_store::{CheckpointFiles, Evicted, LoadError, LoadReport, Priority, Resident, Store, Watermark};
-use stoker_types::{
-    ByteSize, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot, Period, Phase,
-    StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, Timeline, WorkerState, WorkerStatus,
-    clock,
+use stoker_store::{
+    CheckpointFiles, Delivered, Evicted, Layout, LoadError, LoadReport, Priority, Resident, Store, Watermark,
 };
-use tokio::sync::{broadcast, oneshot};
+use stoker_types::{
+    ByteSize, DeviceMemoryState, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot,
+    Period, Phase, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, TierBytes, Timeline,
+    WorkerState, WorkerStatus, clock,
+};
+use tokio::{
+    sync::{broadcast, oneshot, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    Catalog, CatalogEntry, Keeper, NodeConfig, NodeError, RuntimeDir, WorkerConfig,
+    Catalog, CatalogEntry, Keeper, NodeConfig, NodeDevice, NodeError, RuntimeDir, WorkerConfig,
     clients::Shared,
-    fleet::{self, Fleet, Lease, NoWorker, WorkerView},
+    devices::{Landing, Slabs, Wanted},
+    fleet::{self, Fleet, Lease, NoWorker, WorkerView, Workshop},
     lodging::{Instances, Tenancy},
     memory::{self, Memory, MemoryConfig, PressureTrigger},
     spawn,
-    worker::{Busy, LoadFailure, LoadTimes, Lodging, Order},
+    worker::{Busy, LoadFailure, LoadTimes, Lodging, Order, Weights},
 };
 
 /// Events that a slow listener may be behind; it is told when it has missed some.
@@ -43,11 +50,11 @@ pub struct Node {
 struct Inner {
     store: Store,
     catalog: Arc<dyn Catalog>,
-    fleet: Fleet,
+    /// By [`stoker_types::DeviceId`]; one without devices.
+    places: Vec<Place>,
     instances: Instances,
     memory: Memory,
     events: broadcast::Sender<NodeEvent>,
-    threads: u32,
     /// Ends the task that tells of what changes in memory.
     _telling: DropGuard,
     /// Ends the watch for memory pressure.
@@ -58,9 +65,34 @@ struct Inner {
     _runtime: RuntimeDir,
 }
 
+/// Where instances compute.
+struct Place {
+    fleet: Fleet,
+    /// Its device's memory; `None`: the pool is where the weights are.
+    slabs: Option<Slabs>,
+    threads: u32,
+}
+
+/// A model's weights for a new instance, and what else its worker has to know.
+struct Brought {
+    load: Load,
+    granules: Vec<OwnedFd>,
+    weights: Weights,
+    origin: Origin,
+}
+
+/// Where an instance's weights are from.
+enum Origin {
+    /// Read into the pool, if they weren't there.
+    Pool(LoadReport),
+    /// Copied to a device, or there already.
+    Device { landing: watch::Receiver<Landing>, joined: bool, weights: ByteSize },
+}
+
 /// A model of the catalog, ready to be started.
 struct Prepared {
     files: CheckpointFiles,
+    manifest: Arc<Manifest>,
     /// The manifest for the worker.
     manifest_json: Bytes,
 }
@@ -73,14 +105,30 @@ impl Node {
     /// # Errors
     /// [`NodeError`].
     pub fn open(config: NodeConfig, store: Store, catalog: Arc<dyn Catalog>) -> Result<Self, NodeError> {
-        let NodeConfig { runtime, workers, memory, keeper } = config;
-        if workers.command.is_empty() {
+        let NodeConfig { runtime, workers, devices, memory, keeper } = config;
+        let commands = devices.iter().map(|device| &device.workers).chain([&workers]);
+        if commands.into_iter().any(|workers| workers.command.is_empty()) {
             return Err(NodeError::NoWorkerCommand);
         }
         let pool = store.pool_fd().map_err(NodeError::Pool)?;
         let (events, _) = broadcast::channel(EVENTS_MAX);
-        let WorkerConfig { threads, .. } = workers;
-        let fleet = Fleet::new(workers, runtime.sockets(), pool, events.clone());
+        let workshop =
+            Workshop { sockets: runtime.sockets(), pool: Arc::new(pool), last_worker: Arc::default() };
+        let fleet = |name: &str, workers: WorkerConfig| {
+            Fleet::new(name.to_owned(), workers, workshop.clone(), events.clone())
+        };
+        let places: Vec<Place> = if devices.is_empty() {
+            let threads = workers.threads;
+            vec![Place { fleet: fleet("cpu", workers), slabs: None, threads }]
+        } else {
+            let place = |NodeDevice { name, device, memory, work, workers }| {
+                let threads = workers.threads;
+                let fleet = fleet(&name, workers);
+                let slabs = Slabs::new(name, device, memory, work, store.clone(), fleet.clone());
+                Place { fleet, slabs: Some(slabs), threads }
+            };
+            devices.into_iter().map(place).collect()
+        };
         let instances = Instances::default();
         let telling = tell_changes(&store, events.clone());
         let MemoryConfig { kv, probe, pressure } = memory;
@@ -88,11 +136,10 @@ impl Node {
         let inner = Arc::new_cyclic(|inner: &Weak<Inner>| Inner {
             store,
             catalog,
-            fleet,
+            places,
             instances,
             memory,
             events,
-            threads,
             _telling: telling,
             _watching: pressure.and_then(|trigger| watch_pressure(trigger, inner.clone())),
             keeper,
@@ -133,47 +180,91 @@ impl Node {
     }
 
     async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
-        let StartOrder { instance, generation, model, context, sequences_max, kv_bytes } = order;
+        let (instance, model) = (order.instance, order.model.clone());
+        let failed = |detail: &str| StartFailure::Worker { model: model.clone(), detail: detail.to_owned() };
+        let place = usize::try_from(order.device.0).ok().and_then(|at| self.inner.places.get(at));
+        let place = place.ok_or_else(|| failed(&format!("no device {} on this server", order.device)))?;
         let (prepared, room) = tokio::join!(self.prepare(&model), self.find_room(&model));
-        let Prepared { files, manifest_json } = prepared?;
-        let reserved: ByteSize = self.inner.instances.kv_caches().into_iter().map(|(_, bytes)| bytes).sum();
-        if reserved > room.kv.effective {
-            let free = (room.kv.effective + kv_bytes).saturating_sub(reserved);
-            return Err(self.out_of_memory(&model, kv_bytes, free, "for its KV cache".into()).await);
+        let prepared = prepared?;
+        if place.slabs.is_none() {
+            self.check_kv(&order, &room).await?;
         }
-        let (lease, resident) = tokio::try_join!(
-            self.take_worker(&model),
-            self.bring_in(&model, &files, Priority::Demand, drop)
-        )?;
+        let (lease, brought) =
+            tokio::try_join!(self.take_worker(place, &model), self.bring(place, &order, prepared))?;
+        let Brought { load, granules, weights, origin } = brought;
 
-        let report = resident.report().clone();
-        let load = Load {
-            instance: instance.0,
-            generation: generation.0,
-            manifest_json,
-            chunk_bytes: self.inner.store.chunk_bytes(),
-            files: file_slots(&resident),
-            context,
-            sequences_max,
-            kv_bytes: kv_bytes.bytes(),
-            threads: self.inner.threads,
-        };
         let worker = lease.handle().clone();
-        let died = || StartFailure::Worker {
-            model: model.clone(),
-            detail: "it died before it took the model".into(),
-        };
-        let lodging = Lodging { _weights: Box::new(resident), tenancy };
+        let lodging = Lodging { weights, tenancy };
         let (reply, times) = oneshot::channel();
-        lease.load(Order::Load { load, lodging, reply }).await;
-        let LoadTimes { map, init } = times.await.map_err(|_| died())?.map_err(|failure| match failure {
-            LoadFailure::NotRunnable(why) => StartFailure::NotRunnable { model: model.clone(), why },
-            LoadFailure::Worker(detail) => StartFailure::Worker { model: model.clone(), detail },
+        lease.load(Order::Load { load: Box::new(load), granules, lodging, reply }).await;
+        let times = times.await.map_err(|_| failed("it died before it took the model"))?;
+        let LoadTimes { map, init } = times.map_err(|failure| {
+            // What the worker says of weights that didn't arrive, the delivery says better.
+            origin.failure().unwrap_or_else(|| match failure {
+                LoadFailure::NotRunnable(why) => StartFailure::NotRunnable { model: model.clone(), why },
+                LoadFailure::Worker(detail) => StartFailure::Worker { model: model.clone(), detail },
+            })
         })?;
         let socket = worker.socket.clone();
         let id = worker.worker;
         self.inner.instances.serving(instance, worker);
-        Ok(Started { worker: id, socket, timeline: timeline(&report, map, init, clock::wall()) })
+        Ok(Started { worker: id, socket, timeline: origin.timeline(map, init, clock::wall()) })
+    }
+
+    /// Whether the KV caches that are reserved, an order's included, fit into memory.
+    async fn check_kv(&self, order: &StartOrder, room: &NodeMemory) -> Result<(), StartFailure> {
+        let reserved: ByteSize = self.inner.instances.kv_caches().into_iter().map(|(_, bytes)| bytes).sum();
+        if reserved <= room.kv.effective {
+            return Ok(());
+        }
+        let free = (room.kv.effective + order.kv_bytes).saturating_sub(reserved);
+        Err(self.out_of_memory(&order.model, order.kv_bytes, free, "for its KV cache".into()).await)
+    }
+
+    /// Brings a model's weights to where they are computed with: into the pool, or on their way to a device.
+    async fn bring(
+        &self,
+        place: &Place,
+        order: &StartOrder,
+        prepared: Prepared,
+    ) -> Result<Brought, StartFailure> {
+        let StartOrder { instance, generation, model, device, context, sequences_max, kv_bytes } = order;
+        let Prepared { files, manifest, manifest_json } = prepared;
+        let mut load = Load {
+            instance: instance.0,
+            generation: generation.0,
+            manifest_json,
+            context: *context,
+            sequences_max: *sequences_max,
+            kv_bytes: kv_bytes.bytes(),
+            threads: place.threads,
+            ..Load::default()
+        };
+        let Some(slabs) = &place.slabs else {
+            let resident = self.bring_in(model, &files, Priority::Demand, drop).await?;
+            load.chunk_bytes = self.inner.store.chunk_bytes();
+            load.files = file_slots(&resident);
+            let origin = Origin::Pool(resident.report().clone());
+            let weights = Weights::Pool { _resident: resident };
+            return Ok(Brought { load, granules: Vec::new(), weights, origin });
+        };
+        let beside = self.inner.instances.beside_weights(*device, slabs.work());
+        let wanted = Wanted { beside, kv: *kv_bytes, context: *context };
+        let layout = Layout::of_manifest(&manifest);
+        let bytes = layout.bytes();
+        let (events, catalog, name) =
+            (self.inner.events.clone(), Arc::clone(&self.inner.catalog), model.clone());
+        let then = move |ended: Result<&Delivered, &LoadError>| match ended {
+            Ok(delivered) if delivered.resident.as_ref().is_some_and(Resident::joined) => {}
+            Ok(delivered) => tell_loaded(&events, &catalog, &name, &delivered.load),
+            Err(LoadError::ObjectChanged { .. }) => catalog.outdated(&name),
+            Err(_) => {}
+        };
+        let lease = slabs.hold(&files, layout, wanted, self.ours(), then).await?;
+        let (slab, granules) = lease.export()?;
+        load.slab = Some(slab);
+        let origin = Origin::Device { landing: lease.landing.clone(), joined: lease.joined, weights: bytes };
+        Ok(Brought { load, granules, weights: Weights::Device(lease), origin })
     }
 
     /// Stops an instance and returns its worker to the idle ones. The chunks stay as cache. Returns when nothing has
@@ -224,7 +315,7 @@ impl Node {
         // A program may know what to do with weights that the engine can't run.
         let prepared = self.on_catalog(model, Prepared::to_share);
         let (prepared, _) = tokio::join!(prepared, self.find_room(model));
-        let Prepared { files, manifest_json } = prepared?;
+        let Prepared { files, manifest_json, .. } = prepared?;
         let resident = self.bring_in(model, &files, Priority::Demand, begun).await?;
         Ok(Shared { manifest_json, chunk_bytes: self.inner.store.chunk_bytes(), resident })
     }
@@ -234,8 +325,16 @@ impl Node {
         self.inner.store.pool_fd()
     }
 
-    /// Drops what of a model is in memory and not in use, and gives the memory back to the operating system.
+    /// Drops what of a model is in memory or on a device and not in use, and gives the memory back to the operating system.
     pub async fn evict(&self, model: &ModelName) -> Evicted {
+        for slabs in self.slabs() {
+            let (slabs, model) = (slabs.clone(), model.clone());
+            // Giving a device's memory back waits for the device.
+            let freed = tokio::task::spawn_blocking(move || slabs.evict(&model)).await.unwrap_or_default();
+            if freed > ByteSize::ZERO {
+                tracing::info!(%freed, "weights of no instance left a device");
+            }
+        }
         self.inner.store.evict(model).await
     }
 
@@ -250,6 +349,9 @@ impl Node {
     pub async fn look(&self) -> NodeSnapshot {
         self.inner.memory.reconcile().await;
         self.blame().await;
+        for slabs in self.slabs() {
+            slabs.look(self.ours()).await;
+        }
         self.snapshot()
     }
 
@@ -257,7 +359,8 @@ impl Node {
     #[must_use]
     pub fn snapshot(&self) -> NodeSnapshot {
         let stats = self.inner.store.stats();
-        let workers: Vec<WorkerStatus> = self.inner.fleet.view().into_iter().map(status).collect();
+        let workers: Vec<WorkerStatus> = self.workers().into_iter().map(status).collect();
+        let devices: Vec<DeviceMemoryState> = self.slabs().map(Slabs::now).collect();
         let gauge = |tier: &'static str, bytes: ByteSize| {
             #[expect(clippy::cast_precision_loss, reason = "a metric")]
             metrics::gauge!("stoker_node_bytes", "tier" => tier).set(bytes.bytes() as f64);
@@ -274,6 +377,7 @@ impl Node {
             dram_mapped: stats.mapped,
             residency: stats.residency.into_iter().map(|r| (r.model, r.prefix)).collect(),
             rates: stats.rates,
+            devices,
             workers,
         }
     }
@@ -283,13 +387,21 @@ impl Node {
     /// # Errors
     /// In words, why none can be.
     pub async fn ready(&self) -> Result<(), String> {
-        self.inner.fleet.ready().await.map_err(|e| e.to_string())
+        for place in &self.inner.places {
+            place.fleet.ready().await.map_err(|e| e.to_string())?;
+        }
+        Ok(())
     }
 
     /// Ends everything: no start any more, running streams may take `grace`, then no process is left, the keeper included.
     pub async fn shutdown(&self, grace: Duration) {
         self.inner.instances.close();
-        self.inner.fleet.shutdown(grace, KILL_AFTER).await;
+        let mut ending = JoinSet::new();
+        for place in &self.inner.places {
+            let fleet = place.fleet.clone();
+            ending.spawn(async move { fleet.shutdown(grace, KILL_AFTER).await });
+        }
+        ending.join_all().await;
         if let Some(keeper) = self.inner.keeper.clone()
             && let Err(error) = tokio::task::spawn_blocking(move || keeper.dismiss()).await
         {
@@ -319,9 +431,20 @@ impl Node {
     }
 
     async fn blame(&self) {
-        let workers = self.inner.fleet.view();
-        let ours = workers.iter().map(|w| w.pid).chain([std::process::id()]).collect();
-        self.inner.memory.blame(ours).await;
+        self.inner.memory.blame(self.ours()).await;
+    }
+
+    fn slabs(&self) -> impl Iterator<Item = &Slabs> {
+        self.inner.places.iter().filter_map(|place| place.slabs.as_ref())
+    }
+
+    fn workers(&self) -> Vec<WorkerView> {
+        self.inner.places.iter().flat_map(|place| place.fleet.view()).collect()
+    }
+
+    /// The node's processes.
+    fn ours(&self) -> Vec<u32> {
+        self.workers().iter().map(|w| w.pid).chain([std::process::id()]).collect()
     }
 
     /// The failure of a start that found no room, with who has it.
@@ -340,8 +463,8 @@ impl Node {
         StartFailure::OutOfMemory { model: model.clone(), needed, free, detail }
     }
 
-    async fn take_worker(&self, model: &ModelName) -> Result<Lease, StartFailure> {
-        self.inner.fleet.take().await.map_err(|no_worker| match no_worker {
+    async fn take_worker(&self, place: &Place, model: &ModelName) -> Result<Lease, StartFailure> {
+        place.fleet.take().await.map_err(|no_worker| match no_worker {
             NoWorker::Stopping => StartFailure::Cancelled { model: model.clone() },
             other => StartFailure::Worker { model: model.clone(), detail: other.to_string() },
         })
@@ -376,25 +499,7 @@ impl Node {
             }
         };
         if !resident.joined() {
-            let report = resident.report();
-            for (tier, name) in [(Tier::Remote, "remote"), (Tier::Ssd, "ssd")] {
-                let bytes = report.bytes_from(tier);
-                if bytes == ByteSize::ZERO {
-                    continue;
-                }
-                self.inner.fleet.tell(NodeEvent::Measured {
-                    model: model.clone(),
-                    tier,
-                    bytes,
-                    time: report.total,
-                });
-                metrics::counter!("stoker_node_bytes_read_total", "tier" => name).increment(bytes.bytes());
-            }
-            if let Some(sums) = report.learned.clone() {
-                let (catalog, model) = (Arc::clone(&self.inner.catalog), model.clone());
-                // Writes a file. Nobody waits for it: at worst the sums are learned again.
-                drop(tokio::task::spawn_blocking(move || catalog.learned(&model, sums)));
-            }
+            tell_loaded(&self.inner.events, &self.inner.catalog, model, resident.report());
         }
         Ok(resident)
     }
@@ -431,7 +536,73 @@ impl Prepared {
         manifest.files.iter_mut().for_each(|file| file.chunk_sums.clear());
         manifest.trust = Trust::None;
         let manifest_json = serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
-        Ok(Self { files, manifest_json })
+        Ok(Self { files, manifest: Arc::new(manifest), manifest_json })
+    }
+}
+
+// === impl Origin ===
+
+impl Origin {
+    /// Why the weights will never be there.
+    fn failure(&self) -> Option<StartFailure> {
+        match self {
+            Self::Pool(_) => None,
+            Self::Device { landing, .. } => landing.borrow().failure(),
+        }
+    }
+
+    /// `ended`: when the worker had the model.
+    fn timeline(&self, map: Duration, init: Duration, ended: Duration) -> Timeline {
+        let (report, copied) = match self {
+            Self::Pool(report) => (Some(report.clone()), (map, ended.saturating_sub(init))),
+            Self::Device { landing, joined, .. } => match &*landing.borrow() {
+                Landing::Landed(arrival) if !joined => {
+                    (Some(arrival.load.clone()), (arrival.took, arrival.ended))
+                }
+                // They were there, or are still coming while the worker begins.
+                _ => (None, (map, ended.saturating_sub(init))),
+            },
+        };
+        let mut timeline = Timeline::default();
+        match (&report, self) {
+            (Some(report), _) => {
+                timeline.bytes = report.bytes.clone();
+                record_reads(&mut timeline, report);
+            }
+            (None, Self::Device { joined: true, weights, .. }) => {
+                timeline.bytes = vec![TierBytes { tier: Tier::Device, bytes: *weights }];
+            }
+            (None, _) => {}
+        }
+        let (copy, copied_at) = copied;
+        timeline.record(Phase::DeviceCopy, None, copy);
+        timeline.place(Phase::DeviceCopy, Period::until(copied_at, copy));
+        timeline.record(Phase::Init, None, init);
+        timeline.place(Phase::Init, Period::until(ended, init));
+        timeline
+    }
+}
+
+/// A model came from disk or from its source.
+fn tell_loaded(
+    events: &broadcast::Sender<NodeEvent>,
+    catalog: &Arc<dyn Catalog>,
+    model: &ModelName,
+    report: &LoadReport,
+) {
+    for (tier, name) in [(Tier::Remote, "remote"), (Tier::Ssd, "ssd")] {
+        let bytes = report.bytes_from(tier);
+        if bytes == ByteSize::ZERO {
+            continue;
+        }
+        // Without a listener nobody wants to know.
+        let _ = events.send(NodeEvent::Measured { model: model.clone(), tier, bytes, time: report.total });
+        metrics::counter!("stoker_node_bytes_read_total", "tier" => name).increment(bytes.bytes());
+    }
+    if let Some(sums) = report.learned.clone() {
+        let (catalog, model) = (Arc::clone(catalog), model.clone());
+        // Writes a file. Nobody waits for it: at worst the sums are learned again.
+        drop(tokio::task::spawn_blocking(move || catalog.learned(&model, sums)));
     }
 }
 
@@ -475,9 +646,7 @@ fn file_slots(resident: &Resident) -> Vec<FileSlots> {
     resident.files().iter().map(|file| FileSlots { len: file.len, slots: file.slots.clone() }).collect()
 }
 
-/// `ended`: when the worker had the model.
-fn timeline(report: &LoadReport, map: Duration, init: Duration, ended: Duration) -> Timeline {
-    let mut timeline = Timeline { phases: Vec::new(), bytes: report.bytes.clone() };
+fn record_reads(timeline: &mut Timeline, report: &LoadReport) {
     let read = |(tier, _): &(Tier, Phase)| report.bytes_from(*tier) > ByteSize::ZERO;
     let phases = [(Tier::Remote, Phase::RemoteRead), (Tier::Ssd, Phase::SsdRead)];
     for (_, phase) in phases.into_iter().filter(read) {
@@ -489,14 +658,9 @@ fn timeline(report: &LoadReport, map: Duration, init: Duration, ended: Duration)
         timeline.record(Phase::Verify, None, report.verify_thread_time);
         timeline.place(Phase::Verify, Period::until(report.ended, report.transfer));
     }
-    timeline.record(Phase::DeviceCopy, None, map);
-    timeline.place(Phase::DeviceCopy, Period::until(ended.saturating_sub(init), map));
-    timeline.record(Phase::Init, None, init);
-    timeline.place(Phase::Init, Period::until(ended, init));
-    timeline
 }
 
-fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
+pub(crate) fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
     let model = model.clone();
     let detail = error.to_string();
     match error {
@@ -518,7 +682,7 @@ fn start_failure(model: &ModelName, error: LoadError) -> StartFailure {
 }
 
 fn status(view: WorkerView) -> WorkerStatus {
-    let WorkerView { worker, pid, phase } = view;
+    let WorkerView { worker, pid, device, phase } = view;
     let (state, instance) = match phase {
         fleet::Phase::Starting => (WorkerState::Starting, None),
         fleet::Phase::Idle | fleet::Phase::Reserved | fleet::Phase::Ending => (WorkerState::Idle, None),
@@ -526,5 +690,5 @@ fn status(view: WorkerView) -> WorkerStatus {
         fleet::Phase::Serving(tenant) | fleet::Phase::Unloading(tenant) => (WorkerState::Serving, tenant),
     };
     let private_bytes = ByteSize(spawn::private_bytes(pid).unwrap_or(0));
-    WorkerStatus { worker, pid, state, instance, private_bytes }
+    WorkerStatus { worker, pid, device, state, instance, private_bytes }
 }

@@ -9,13 +9,27 @@
 //! Whatever the state, the process may die: then the task gives back what the instance held, says why, and ends. What
 //! an instance holds (its chunks in the pool) is dropped only after the worker has said `Unloaded` or has been waited
 //! for: nobody reuses memory that a process has mapped.
+//!
+//! A model on a device is given before its weights are there. What becomes of the delivery is passed on to the worker
+//! (`Landed`); when it fails, the instance goes, whatever state it is in.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use stoker_proto::{
     FrameError, FrameReader, FrameWriter, PROTOCOL_VERSION,
-    control::{self, FromWorker, Hello, Load, Ping, Pong, ToWorker, Unload, from_worker, to_worker},
+    control::{self, FromWorker, Hello, Landed, Load, Ping, Pong, ToWorker, Unload, from_worker, to_worker},
+    send_with_descriptors,
 };
+use stoker_store::Resident;
 use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
 use tokio::{
     net::{
@@ -25,13 +39,14 @@ use tokio::{
     process::Child,
     sync::{
         mpsc::{self, error::TrySendError},
-        oneshot,
+        oneshot, watch,
     },
     time::{MissedTickBehavior, interval, timeout},
 };
 
 use crate::{
     Watchdog,
+    devices::{Landing, Lease},
     fleet::{Fleet, Phase},
     lodging::Tenancy,
     spawn::{self, Process, SocketFile},
@@ -50,12 +65,20 @@ pub(crate) struct WorkerHandle {
     pub(crate) pid: u32,
     pub(crate) socket: PathBuf,
     pub(crate) orders: mpsc::Sender<Order>,
+    /// Device memory that it has for its model, as it last said.
+    pub(crate) device_bytes: Arc<AtomicU64>,
 }
 
 /// What a worker's task is asked to do.
 pub(crate) enum Order {
     /// Take a model. The worker must be idle: whoever gives the order has reserved it.
-    Load { load: Load, lodging: Lodging, reply: oneshot::Sender<Result<LoadTimes, LoadFailure>> },
+    Load {
+        load: Box<Load>,
+        /// The granules of its slab, for a model on a device.
+        granules: Vec<OwnedFd>,
+        lodging: Lodging,
+        reply: oneshot::Sender<Result<LoadTimes, LoadFailure>>,
+    },
     /// Let the instance go.
     Unload { instance: InstanceId, force: bool, reply: oneshot::Sender<Result<(), Busy>> },
     /// End the process, streams first.
@@ -66,9 +89,16 @@ pub(crate) enum Order {
 
 /// What an instance holds while a worker has it mapped. Dropped in this order.
 pub(crate) struct Lodging {
-    /// Keeps the chunks in the pool.
-    pub(crate) _weights: Box<dyn Send>,
+    pub(crate) weights: Weights,
     pub(crate) tenancy: Arc<Tenancy>,
+}
+
+/// An instance's weights.
+pub(crate) enum Weights {
+    /// In the pool, where this keeps them.
+    Pool { _resident: Resident },
+    /// On a device.
+    Device(Lease),
 }
 
 /// What a load took in the worker.
@@ -102,15 +132,23 @@ pub(crate) struct WorkerTask {
     process: Ends,
     reader: FrameReader<OwnedReadHalf>,
     /// To the task that writes: a worker that doesn't read must not hold up this one.
-    frames: mpsc::Sender<to_worker::Kind>,
+    frames: mpsc::Sender<Frame>,
     orders: mpsc::Receiver<Order>,
     handle: WorkerHandle,
     state: State,
+    /// Of the model that it has, while that is on its way to a device.
+    landing: Option<watch::Receiver<Landing>>,
     pulse: Pulse,
     /// Why it is being killed by us.
     killed: Option<String>,
     /// It was told to end.
     dismissed: bool,
+}
+
+/// Something to say to the worker, with descriptors.
+struct Frame {
+    kind: to_worker::Kind,
+    descriptors: Vec<OwnedFd>,
 }
 
 /// Parts of the process that only matter at its end.
@@ -123,9 +161,20 @@ struct Ends {
 enum State {
     Starting,
     Idle,
-    Loading { lodging: Lodging, reply: oneshot::Sender<Result<LoadTimes, LoadFailure>> },
-    Serving { lodging: Lodging },
-    Unloading { lodging: Lodging, replies: Vec<oneshot::Sender<Result<(), Busy>>>, force: bool },
+    Loading {
+        lodging: Lodging,
+        reply: oneshot::Sender<Result<LoadTimes, LoadFailure>>,
+        /// Nobody waits for it any more.
+        given_up: bool,
+    },
+    Serving {
+        lodging: Lodging,
+    },
+    Unloading {
+        lodging: Lodging,
+        replies: Vec<oneshot::Sender<Result<(), Busy>>>,
+        force: bool,
+    },
 }
 
 /// What the pings have shown.
@@ -177,6 +226,7 @@ impl WorkerTask {
             pid: child.id().unwrap_or_default(),
             socket: socket.path().to_owned(),
             orders: sender,
+            device_bytes: Arc::default(),
         };
         Ok(Self {
             worker,
@@ -189,6 +239,7 @@ impl WorkerTask {
             orders,
             handle,
             state: State::Starting,
+            landing: None,
             pulse: Pulse::default(),
             killed: None,
             dismissed: false,
@@ -206,6 +257,7 @@ impl WorkerTask {
         let mut connected = true;
         let status = loop {
             let cancel = self.state.cancel();
+            let landing = self.landing.clone();
             tokio::select! {
                 status = self.child.wait() => break status,
                 message = self.reader.next::<FromWorker>(), if connected => match message {
@@ -222,7 +274,8 @@ impl WorkerTask {
                     }
                 },
                 Some(order) = self.orders.recv() => self.obey(order),
-                () = cancel => self.unload(true, None),
+                () = cancel => self.cancelled(),
+                landing = ended(landing) => self.landed(&landing),
                 _ = ticks.tick() => self.tick(connected),
             }
         };
@@ -251,7 +304,15 @@ impl WorkerTask {
             }
             from_worker::Kind::Pong(pong) => self.pulse(pong),
             from_worker::Kind::Loaded(loaded) => match std::mem::replace(&mut self.state, State::Idle) {
-                State::Loading { lodging, reply } if lodging.is(loaded.instance) => {
+                State::Loading { lodging, reply, given_up: _ } if lodging.is(loaded.instance) => {
+                    self.handle.device_bytes.store(loaded.device_bytes, Ordering::Relaxed);
+                    if let Some(failure) = lodging.weights.failure() {
+                        // It has been told, and has dropped the model or will.
+                        self.change(State::Serving { lodging });
+                        self.unload(true, None);
+                        let _ = reply.send(Err(LoadFailure::Worker(failure.to_string())));
+                        return;
+                    }
                     self.change(State::Serving { lodging });
                     let times = LoadTimes {
                         map: Duration::from_micros(loaded.map_us),
@@ -263,9 +324,8 @@ impl WorkerTask {
                 other => self.unexpected(other, "Loaded"),
             },
             from_worker::Kind::LoadFailed(failed) => match std::mem::replace(&mut self.state, State::Idle) {
-                State::Loading { lodging, reply } if lodging.is(failed.instance) => {
-                    drop(lodging);
-                    self.change(State::Idle);
+                State::Loading { lodging, reply, given_up: _ } if lodging.is(failed.instance) => {
+                    self.let_go(lodging);
                     let failure = if failed.not_runnable {
                         LoadFailure::NotRunnable(failed.message)
                     } else {
@@ -277,8 +337,7 @@ impl WorkerTask {
             },
             from_worker::Kind::Unloaded(unloaded) => match std::mem::replace(&mut self.state, State::Idle) {
                 State::Unloading { lodging, replies, force: _ } if lodging.is(unloaded.instance) => {
-                    drop(lodging);
-                    self.change(State::Idle);
+                    self.let_go(lodging);
                     for reply in replies {
                         let _ = reply.send(Ok(()));
                     }
@@ -305,10 +364,11 @@ impl WorkerTask {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Load { load, lodging, reply } => {
+            Order::Load { load, granules, lodging, reply } => {
                 if matches!(self.state, State::Idle) && !self.dismissed {
-                    self.change(State::Loading { lodging, reply });
-                    self.say(to_worker::Kind::Load(load));
+                    self.landing = lodging.weights.landing();
+                    self.change(State::Loading { lodging, reply, given_up: false });
+                    self.say_with(to_worker::Kind::Load(*load), granules);
                 } else {
                     let _ = reply.send(Err(LoadFailure::Worker("it was not idle".into())));
                 }
@@ -327,6 +387,47 @@ impl WorkerTask {
                 self.kill("ended by this node".into());
             }
         }
+    }
+
+    /// The instance is to go, whoever is there.
+    fn cancelled(&mut self) {
+        match &mut self.state {
+            // It comes to its end as the delivery does, or the worker's own work, which takes milliseconds.
+            State::Loading { lodging, given_up, .. } => {
+                *given_up = true;
+                lodging.weights.give_up();
+            }
+            _ => self.unload(true, None),
+        }
+    }
+
+    /// The delivery of the worker's model has ended.
+    fn landed(&mut self, landing: &Landing) {
+        self.landing = None;
+        let Some((instance, model)) = self.state.instance() else { return };
+        let (failure, model) = (landing.failure(), model.clone());
+        let error = failure.as_ref().map(ToString::to_string);
+        self.say(to_worker::Kind::Landed(Landed { instance: instance.0, error }));
+        self.pulse.intervals = 0;
+        self.pulse.without_step = 0;
+        // One that is loading answers by itself.
+        if let (Some(failure), State::Serving { .. }) = (failure, &self.state) {
+            tracing::error!(worker = %self.worker, %instance, %model, %failure, "a model that is served didn't arrive");
+            self.unload(true, None);
+            self.fleet.tell(NodeEvent::InstanceLost { instance, failure });
+        }
+    }
+
+    /// The worker has nothing of it mapped any more.
+    fn let_go(&mut self, lodging: Lodging) {
+        self.landing = None;
+        self.handle.device_bytes.store(0, Ordering::Relaxed);
+        match lodging.weights {
+            Weights::Pool { .. } => drop(lodging),
+            // Giving a device's memory back waits for the device. The instance is gone when that is done.
+            Weights::Device(_) => drop(tokio::task::spawn_blocking(move || drop(lodging))),
+        }
+        self.change(State::Idle);
     }
 
     fn unload(&mut self, force: bool, reply: Option<oneshot::Sender<Result<(), Busy>>>) {
@@ -366,7 +467,7 @@ impl WorkerTask {
             }
         } else if unanswered >= pings_unanswered_max {
             self.kill(format!("hung: {unanswered} pings without an answer"));
-        } else if without_step >= pings_without_step_max {
+        } else if without_step >= pings_without_step_max && self.landing.is_none() {
             self.kill(format!("hung: sequences are running and {without_step} pings found no new step"));
         } else {
             match self.state {
@@ -374,7 +475,10 @@ impl WorkerTask {
                     self.kill("hung: it did not say hello".into());
                     return;
                 }
-                State::Loading { .. } | State::Unloading { .. } if intervals >= pings_without_step_max => {
+                // Weights on their way come to an end by themselves.
+                State::Loading { .. } | State::Unloading { .. }
+                    if intervals >= pings_without_step_max && self.landing.is_none() =>
+                {
                     self.kill(format!("hung: no end of a load or unload after {intervals} intervals"));
                     return;
                 }
@@ -392,7 +496,10 @@ impl WorkerTask {
     }
 
     fn pulse(&mut self, pong: Pong) {
-        let Pong { number, sequences, steps, .. } = pong;
+        let Pong { number, sequences, steps, device_bytes, .. } = pong;
+        if self.state.instance().is_some() {
+            self.handle.device_bytes.store(device_bytes, Ordering::Relaxed);
+        }
         if number == self.pulse.number {
             self.pulse.unanswered = 0;
         }
@@ -408,7 +515,11 @@ impl WorkerTask {
     }
 
     fn say(&mut self, kind: to_worker::Kind) {
-        match self.frames.try_send(kind) {
+        self.say_with(kind, Vec::new());
+    }
+
+    fn say_with(&mut self, kind: to_worker::Kind, descriptors: Vec<OwnedFd>) {
+        match self.frames.try_send(Frame { kind, descriptors }) {
             // Closed: the process is ending, which is noticed by waiting for it.
             Ok(()) | Err(TrySendError::Closed(_)) => {}
             Err(TrySendError::Full(_)) => self.kill("hung: it does not read its orders".into()),
@@ -447,9 +558,10 @@ impl WorkerTask {
         let ready = !matches!(state, State::Starting);
         let words = last_lines.last().map_or_else(String::new, |line| format!("; its last line: {line}"));
         match state {
-            State::Starting | State::Idle | State::Serving { .. } => {}
-            State::Loading { lodging, reply } => {
-                drop(lodging);
+            State::Starting | State::Idle => {}
+            State::Serving { lodging } => lodging.died(dismissed),
+            State::Loading { lodging, reply, given_up } => {
+                lodging.died(dismissed || given_up);
                 let _ = reply.send(Err(LoadFailure::Worker(format!("{worker} ended: {reason}{words}"))));
             }
             State::Unloading { lodging, replies, .. } => {
@@ -472,10 +584,27 @@ impl WorkerTask {
     }
 }
 
-async fn write_frames(worker: WorkerId, write: OwnedWriteHalf, mut frames: mpsc::Receiver<to_worker::Kind>) {
+/// The end of a delivery; pending for ever where there is none.
+async fn ended(landing: Option<watch::Receiver<Landing>>) -> Landing {
+    let Some(mut landing) = landing else { return std::future::pending().await };
+    let end = landing.wait_for(|landing| !landing.is_coming()).await.map(|landing| landing.clone());
+    match end {
+        Ok(landing) => landing,
+        // Its task went with the runtime, and so does this one.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+async fn write_frames(worker: WorkerId, write: OwnedWriteHalf, mut frames: mpsc::Receiver<Frame>) {
     let mut writer = FrameWriter::new(write);
-    while let Some(kind) = frames.recv().await {
-        if let Err(error) = writer.send(&ToWorker { kind: Some(kind) }).await {
+    while let Some(Frame { kind, descriptors }) = frames.recv().await {
+        let message = ToWorker { kind: Some(kind) };
+        let said = if descriptors.is_empty() {
+            writer.send(&message).await
+        } else {
+            send_with_descriptors(writer.inner().as_ref(), &message, &descriptors).await
+        };
+        if let Err(error) = said {
             // The worker's end is noticed by its task.
             tracing::debug!(%worker, %error, "could not tell the worker");
             return;
@@ -509,9 +638,9 @@ impl State {
     /// Resolves when the instance that is being served is to go; pending for ever in other states.
     fn cancel(&self) -> impl Future<Output = ()> + use<> {
         let token = match self {
-            Self::Serving { lodging } | Self::Unloading { lodging, force: false, .. } => {
-                Some(lodging.tenancy.cancel.clone())
-            }
+            Self::Serving { lodging }
+            | Self::Unloading { lodging, force: false, .. }
+            | Self::Loading { lodging, given_up: false, .. } => Some(lodging.tenancy.cancel.clone()),
             _ => None,
         };
         async move {
@@ -528,5 +657,38 @@ impl State {
 impl Lodging {
     fn is(&self, instance: u64) -> bool {
         self.tenancy.instance.0 == instance
+    }
+
+    /// Its worker is no more: told to end, or not.
+    fn died(self, told: bool) {
+        let Self { weights, tenancy } = self;
+        match weights {
+            Weights::Device(lease) if !told => lease.keep(),
+            weights => drop(weights),
+        }
+        drop(tenancy);
+    }
+}
+
+// === impl Weights ===
+
+impl Weights {
+    /// How far they are, if they are on their way to a device.
+    fn landing(&self) -> Option<watch::Receiver<Landing>> {
+        match self {
+            Self::Pool { .. } => None,
+            Self::Device(lease) => Some(lease.landing.clone()),
+        }
+    }
+
+    /// Why they will never be there.
+    fn failure(&self) -> Option<stoker_types::StartFailure> {
+        self.landing().and_then(|landing| landing.borrow().failure())
+    }
+
+    fn give_up(&self) {
+        if let Self::Device(lease) = self {
+            lease.give_up();
+        }
     }
 }

@@ -65,6 +65,7 @@ impl Bed {
         let opener = Arc::new(files.clone());
         let store = Store::open(StoreConfig { opener, ..StoreConfig::new(ByteSize::mib(64)) }).unwrap();
         let config = NodeConfig {
+            devices: vec![],
             runtime: RuntimeDir::claim(&dir.path().join("run")).unwrap(),
             // Nobody is served here. It ends with its standard input, which the node has.
             workers: WorkerConfig::new(vec!["cat".into()]),

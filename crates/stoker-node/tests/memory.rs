@@ -20,7 +20,7 @@ use rustix::net::SendFlags;
 use stoker_node::{MemoryConfig, MemoryProbe, MemoryReading};
 use stoker_store::Store;
 use stoker_types::{ByteSize, MemoryHolder, StartFailure, StopMode};
-use stoker_worker::{StandIn, WorkerArgs, WorkerLimits};
+use stoker_worker::{StandIn, WorkerArgs};
 use support::{Bed, name, workers};
 
 /// Memory for the weights and for KV caches, each.
@@ -73,7 +73,7 @@ impl MemoryProbe for Machine {
 #[ignore = "a worker's process"]
 fn quick_worker() -> ExitCode {
     let standin = Some(StandIn { step_time: Duration::ZERO });
-    stoker_worker::run(WorkerArgs { threads: 1, standin, limits: WorkerLimits::default() })
+    stoker_worker::run(WorkerArgs { threads: 1, standin, ..WorkerArgs::default() })
 }
 
 #[tokio::test]

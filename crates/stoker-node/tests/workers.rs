@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod devices;
 mod support;
 
 use std::{io::BufRead, path::Path, process::ExitCode, sync::Arc, time::Duration};
@@ -27,7 +28,7 @@ use tokio::time::timeout;
 fn worker(standin: Option<Duration>, limits: WorkerLimits) -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
     let standin = standin.map(|step_time| StandIn { step_time });
-    stoker_worker::run(WorkerArgs { threads: 1, standin, limits })
+    stoker_worker::run(WorkerArgs { threads: 1, standin, limits, ..WorkerArgs::default() })
 }
 
 #[test]

@@ -6,6 +6,10 @@
 //! once by [`Pong`], by a task that does not wait for the engine. When the control connection closes, the node is
 //! gone: the worker lets its streams finish and exits.
 //!
+//! A model on a device ([`Load::slab`]) is given before its weights are there; [`Landed`] says when they are, or that
+//! they will not be. A worker that can't compute before that answers [`Load`] after it. The descriptors of the device's
+//! memory come with the frame that has the order ([`crate::DescriptorReader`]).
+//!
 //! The connection is the worker's standard input. Before any frame the node sends one byte, [`HANDOVER_BYTE`], with two
 //! file descriptors behind it (`SCM_RIGHTS`): the chunk pool, opened for reading, and the bound, listening socket for
 //! streams.
@@ -17,16 +21,19 @@ use prost::{Message, Oneof};
 /// The node's first byte, which carries the descriptors.
 pub const HANDOVER_BYTE: u8 = b'S';
 
+/// Bytes of a slab behind the weights by which a device's work waits for them.
+pub const GATE_BYTES: u64 = 64 << 10;
+
 /// From the node.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToWorker {
-    #[prost(oneof = "to_worker::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "to_worker::Kind", tags = "1, 2, 3, 4, 5")]
     pub kind: Option<to_worker::Kind>,
 }
 
 /// Kinds of [`ToWorker`].
 pub mod to_worker {
-    use super::{Load, Oneof, Ping, Shutdown, Unload};
+    use super::{Landed, Load, Oneof, Ping, Shutdown, Unload};
 
     /// One of.
     #[derive(Clone, PartialEq, Oneof)]
@@ -39,10 +46,12 @@ pub mod to_worker {
         Ping(Ping),
         #[prost(message, tag = "4")]
         Shutdown(Shutdown),
+        #[prost(message, tag = "5")]
+        Landed(Landed),
     }
 }
 
-/// Take this model. Its bytes are in the pool, verified, and stay there until [`Unloaded`].
+/// Take this model. Its bytes are in the pool, verified, or on their way to a device, and stay there until [`Unloaded`].
 #[derive(Clone, PartialEq, Message)]
 pub struct Load {
     /// `InstanceId`.
@@ -57,7 +66,7 @@ pub struct Load {
     /// Bytes of a pool chunk.
     #[prost(uint64, tag = "4")]
     pub chunk_bytes: u64,
-    /// The weight files in the manifest's order.
+    /// The weight files in the manifest's order; none with [`Self::slab`].
     #[prost(message, repeated, tag = "5")]
     pub files: Vec<FileSlots>,
     /// Context of one sequence, tokens.
@@ -72,6 +81,39 @@ pub struct Load {
     /// Threads to compute with; 0: the worker's choice.
     #[prost(uint32, tag = "9")]
     pub threads: u32,
+    /// Device memory with the weights, instead of [`Self::files`].
+    #[prost(message, optional, tag = "10")]
+    pub slab: Option<DeviceSlab>,
+}
+
+/// Memory of the worker's device that belongs to the node.
+#[derive(Clone, PartialEq, Message)]
+pub struct DeviceSlab {
+    /// Its length.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+    /// Bytes of a granule; the last may be shorter.
+    #[prost(uint64, tag = "2")]
+    pub granule: u64,
+    /// How many descriptors come with the frame: one for each granule.
+    #[prost(uint32, tag = "3")]
+    pub granules: u32,
+    /// First byte of each of the manifest's tensors, in its order.
+    #[prost(uint64, repeated, tag = "4")]
+    pub tensors: Vec<u64>,
+    /// First byte after the weights that is nobody's: there are [`GATE_BYTES`] from there on, zero at first.
+    #[prost(uint64, tag = "5")]
+    pub gate: u64,
+}
+
+/// The delivery to the device has ended.
+#[derive(Clone, PartialEq, Message)]
+pub struct Landed {
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    /// Why the weights are not there and never will be. The worker drops the model.
+    #[prost(string, optional, tag = "2")]
+    pub error: Option<String>,
 }
 
 /// Where a file's chunks are: chunk `i` holds bytes `i * chunk_bytes ..` of the file and lies in the pool at
@@ -163,6 +205,9 @@ pub struct Loaded {
     /// Building the model's view over them, microseconds.
     #[prost(uint64, tag = "3")]
     pub init_us: u64,
+    /// Device memory that the worker has taken for it, beside the slab.
+    #[prost(uint64, tag = "4")]
+    pub device_bytes: u64,
 }
 
 /// It can't be taken; the worker is as before.
@@ -210,4 +255,7 @@ pub struct Pong {
     /// Tokens decoded so far.
     #[prost(uint64, tag = "5")]
     pub tokens: u64,
+    /// Device memory that the worker has for its model now, beside the slab.
+    #[prost(uint64, tag = "6")]
+    pub device_bytes: u64,
 }

@@ -69,6 +69,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Self { inner, buffer: BytesMut::with_capacity(16 << 10) }
     }
 
+    /// What it reads from.
+    pub fn inner_mut(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
     /// The next message; `None` when the peer closed the connection between frames. Cancel-safe: what has arrived is
     /// kept for the next call.
     ///
@@ -107,6 +112,11 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Writes frames to `inner`.
     pub fn new(inner: W) -> Self {
         Self { inner, buffer: BytesMut::with_capacity(16 << 10) }
+    }
+
+    /// What it writes to.
+    pub fn inner(&self) -> &W {
+        &self.inner
     }
 
     /// Adds a message to what the next [`flush`](Self::flush) sends.

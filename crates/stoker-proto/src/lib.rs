@@ -11,10 +11,12 @@
 //! and need no compiler.
 
 pub mod control;
+mod descriptors;
 mod frame;
 pub mod share;
 pub mod stream;
 
+pub use descriptors::{DESCRIPTORS_MAX, DescriptorReader, send_with_descriptors};
 pub use frame::{FRAME_BYTES_MAX, FrameError, FrameReader, FrameWriter, encode_frame};
 
 /// Version of the conversations, said in the first message. A peer with another major number is refused.

@@ -16,6 +16,12 @@ use crate::{
 /// Every tensor's address on the device is a multiple of it, bytes: what vector loads and matrix units want at most.
 pub const ALIGN: u64 = 256;
 
+/// What comes behind the tensors begins at a multiple of it.
+const TAIL_ALIGN: u64 = 64 << 10;
+
+/// What devices allocate at once at most.
+const DEVICE_PAGE: u64 = 2 << 20;
+
 /// Bytes between two tensors of a file that are rather copied than cut out: a copy of few bytes takes as long.
 const GAP: u64 = 64 << 10;
 
@@ -147,6 +153,14 @@ impl Layout {
         ByteSize(self.bytes)
     }
 
+    /// Bytes of a slab that holds it and `tail` bytes more, which begin at the first of the returned numbers; the second is
+    /// the slab's length, whole pages of every device.
+    #[must_use]
+    pub fn with_tail(&self, tail: ByteSize) -> (u64, ByteSize) {
+        let at = self.bytes.next_multiple_of(TAIL_ALIGN);
+        (at, ByteSize((at + tail.bytes()).next_multiple_of(DEVICE_PAGE)))
+    }
+
     /// First byte of each tensor, in the order in which they were given.
     #[must_use]
     pub fn tensors(&self) -> &[u64] {
@@ -213,6 +227,14 @@ mod tests {
         assert_eq!(layout.tensors(), [0, 512, 1024, 1280]);
         assert_eq!(layout.bytes(), ByteSize(1281));
         assert_eq!(layout.spans.len(), 3);
+    }
+
+    #[test]
+    fn a_tail_has_a_page_of_its_own() {
+        let layout = Layout::new([range(0, 8, 512)]);
+        assert_eq!(layout.with_tail(ByteSize(64 << 10)), (64 << 10, ByteSize::mib(2)));
+        let layout = Layout::new([range(0, 0, (2 << 20) - (64 << 10) + 1)]);
+        assert_eq!(layout.with_tail(ByteSize(64 << 10)), (2 << 20, ByteSize::mib(4)));
     }
 
     #[test]

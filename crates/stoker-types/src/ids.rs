@@ -58,6 +58,11 @@ number!(
     /// A worker process of one node. Never reused within the node's life.
     WorkerId(u32), "w"
 );
+number!(
+    /// Where instances of a server compute: the position in its list of devices. A server without devices computes from
+    /// its memory, which is number 0.
+    DeviceId(u32), "d"
+);
 
 // === impl ModelName ===
 

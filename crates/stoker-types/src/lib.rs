@@ -18,9 +18,9 @@ mod units;
 
 pub use deployment::{KeepAlive, ModelFacts, ModelSettings, ParseKeepAliveError};
 pub use dtype::DType;
-pub use ids::{ClientId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
+pub use ids::{ClientId, DeviceId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
 pub use limits::QueueLimits;
-pub use memory::{MemoryBudget, MemoryHolder, NodeMemory};
+pub use memory::{DeviceMemoryState, MemoryBudget, MemoryHolder, NodeMemory};
 pub use order::{
     FileChange, NodeEvent, NodeSnapshot, StartFailure, StartOrder, Started, StopFailure, StopMode, TierRate,
     WorkerState, WorkerStatus,

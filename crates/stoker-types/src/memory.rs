@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ByteSize;
+use crate::{ByteSize, BytesPerSec, ModelName};
 
 /// An upper bound that somebody set, and what is in force while the machine has less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -43,6 +43,32 @@ pub struct NodeMemory {
     pub holder: Option<MemoryHolder>,
 }
 
+/// The memory of one of a node's devices, as of the last look at it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeviceMemoryState {
+    /// Its name: `cuda:0`.
+    pub name: String,
+    /// For instances: their weights, KV caches and work memory together.
+    pub budget: MemoryBudget,
+    /// What one instance takes beside weights and KV cache.
+    pub work: ByteSize,
+    /// All that it has.
+    pub total: ByteSize,
+    /// What the driver says is free.
+    pub free: ByteSize,
+    /// Weights on it.
+    pub weights: ByteSize,
+    /// Of those, what no instance uses: it goes when its room is needed.
+    pub cached: ByteSize,
+    /// Models whose weights are on it, whole.
+    pub resident: Vec<ModelName>,
+    /// Measured rate of copies to it; `None` before the first.
+    pub rate: Option<BytesPerSec>,
+    /// What prewarmed workers, other programs and the reserve leave less of than there is; only sought while something is
+    /// missing. Those that are not of this node, the largest first.
+    pub holders: Vec<MemoryHolder>,
+}
+
 // === impl MemoryBudget ===
 
 impl MemoryBudget {
@@ -74,6 +100,23 @@ impl fmt::Display for MemoryBudget {
 impl fmt::Display for MemoryHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} held by pid {} {} (not Stoker)", self.bytes, self.pid, self.name)
+    }
+}
+
+// === impl DeviceMemoryState ===
+
+impl DeviceMemoryState {
+    /// Why there is less than was configured, and who has it; `None` when there isn't.
+    #[must_use]
+    pub fn shortage(&self) -> Option<String> {
+        self.budget.is_short().then(|| {
+            let Self { name, budget, free, total, holders, .. } = self;
+            let held = match &holders[..] {
+                [] => "; who holds the rest can't be seen from here".to_owned(),
+                holders => holders.iter().take(3).map(|holder| format!("; {holder}")).collect(),
+            };
+            format!("{name} has {free} free of {total}: instances may take {budget}{held}")
+        })
     }
 }
 

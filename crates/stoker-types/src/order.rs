@@ -4,7 +4,10 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, BytesPerSec, Generation, InstanceId, ModelName, NodeMemory, Tier, Timeline, WorkerId};
+use crate::{
+    ByteSize, BytesPerSec, DeviceId, DeviceMemoryState, Generation, InstanceId, ModelName, NodeMemory, Tier,
+    Timeline, WorkerId,
+};
 
 /// Start one instance of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +18,8 @@ pub struct StartOrder {
     pub generation: Generation,
     /// What to start.
     pub model: ModelName,
+    /// Where.
+    pub device: DeviceId,
     /// Context in tokens for one sequence.
     pub context: u32,
     /// Most sequences at the same time.
@@ -207,6 +212,8 @@ pub struct WorkerStatus {
     pub worker: WorkerId,
     /// Its process id.
     pub pid: u32,
+    /// Where it computes: `cpu`, `cuda:0`.
+    pub device: String,
     /// What it is doing.
     pub state: WorkerState,
     /// The instance that it serves or is loading.
@@ -237,6 +244,8 @@ pub struct NodeSnapshot {
     pub residency: Vec<(ModelName, ByteSize)>,
     /// Measured rates.
     pub rates: Vec<TierRate>,
+    /// Its devices, in order; none where workers compute from its memory.
+    pub devices: Vec<DeviceMemoryState>,
     /// Its workers.
     pub workers: Vec<WorkerStatus>,
 }
@@ -255,7 +264,14 @@ pub enum NodeEvent {
         /// The last lines that it printed.
         last_lines: Vec<String>,
     },
-    /// What is in DRAM has changed, or what may be; [`NodeSnapshot`] says how.
+    /// A model that was being served didn't arrive on its device whole: its instance and its streams are gone.
+    InstanceLost {
+        /// Which.
+        instance: InstanceId,
+        /// Why.
+        failure: StartFailure,
+    },
+    /// What is in DRAM or on a device has changed, or what may be; [`NodeSnapshot`] says how.
     ResidencyChanged,
     /// A load finished and the tier's rate was measured.
     Measured {

@@ -15,15 +15,15 @@ use std::{
 
 use stoker_engine::{SequenceRequest, StepEngine, StepOutput, SubmitError};
 use stoker_proto::{
-    control::{Load, Loaded, Pong},
+    control::{Loaded, Pong},
     stream::{Begun, End, Failure, FailureCode, Finish, FromWorker, Generate, Token, TopToken},
 };
 use stoker_types::{FinishReason, TokenLogprob, clock};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     connection::{Connection, ConnectionId},
-    loader::{LoadError, LoadedModel, Loader},
+    loader::{Landing, LoadError, LoadOrder, LoadedModel, Loader},
 };
 
 /// The engine's key of a sequence. Never reused.
@@ -32,7 +32,9 @@ type SequenceKey = u64;
 /// What the engine's thread is asked to do.
 pub(crate) enum Command {
     /// Take a model.
-    Load { order: Box<Load>, reply: oneshot::Sender<Result<Loaded, LoadError>> },
+    Load { order: Box<LoadOrder>, reply: oneshot::Sender<Result<Loaded, LoadError>> },
+    /// The delivery of a model has failed: look whether it is the one that is being served.
+    NotDelivered,
     /// Let the model go.
     Unload { instance: u64, force: bool, reply: oneshot::Sender<UnloadOutcome> },
     /// A new stream.
@@ -67,6 +69,7 @@ pub(crate) struct Counters {
     steps: AtomicU64,
     kv_bytes_used: AtomicU64,
     tokens: AtomicU64,
+    device_bytes: AtomicU64,
 }
 
 /// The engine's thread.
@@ -87,6 +90,7 @@ struct Model {
     instance: u64,
     generation: u64,
     engine: Box<dyn StepEngine>,
+    landing: watch::Receiver<Landing>,
 }
 
 /// Where a sequence's tokens go.
@@ -168,8 +172,9 @@ impl EngineThread {
         match command {
             Command::Load { order, reply } => {
                 // Nobody waits for the reply when the node is gone; then the process ends soon.
-                let _ = reply.send(self.load(&order));
+                let _ = reply.send(self.load(*order));
             }
+            Command::NotDelivered => self.not_delivered(),
             Command::Unload { instance, force, reply } => {
                 let _ = reply.send(self.unload(instance, force));
             }
@@ -188,14 +193,28 @@ impl EngineThread {
         }
     }
 
-    fn load(&mut self, order: &Load) -> Result<Loaded, LoadError> {
+    fn load(&mut self, order: LoadOrder) -> Result<Loaded, LoadError> {
         if let Some(model) = &self.model {
             return Err(LoadError::Failed(format!("the worker still serves instance {}", model.instance)));
         }
+        let (instance, generation) = (order.load.instance, order.load.generation);
+        let landing = order.landing.clone();
+        landing.borrow().check()?;
         let LoadedModel { engine, map, init } = self.loader.load(order)?;
-        self.model = Some(Model { instance: order.instance, generation: order.generation, engine });
-        tracing::info!(instance = order.instance, ?map, ?init, "model loaded");
-        Ok(Loaded { instance: order.instance, map_us: micros(map), init_us: micros(init) })
+        // What is said of it from here on is obeyed as a command.
+        landing.borrow().check()?;
+        let device_bytes = engine.stats().device_bytes;
+        self.model = Some(Model { instance, generation, engine, landing });
+        tracing::info!(instance, ?map, ?init, "model loaded");
+        Ok(Loaded { instance, map_us: micros(map), init_us: micros(init), device_bytes })
+    }
+
+    fn not_delivered(&mut self) {
+        let Some(model) = &self.model else { return };
+        let Err(error) = model.landing.borrow().check() else { return };
+        tracing::error!(instance = model.instance, %error, "the model is dropped");
+        self.fail_all(&error.to_string());
+        self.drop_model();
     }
 
     fn unload(&mut self, instance: u64, force: bool) -> UnloadOutcome {
@@ -210,12 +229,16 @@ impl EngineThread {
             }
             self.fail_all("the model was taken away");
         }
+        self.drop_model();
+        tracing::info!(instance, "model unloaded");
+        UnloadOutcome::Unloaded
+    }
+
+    fn drop_model(&mut self) {
         self.model = None;
         // What the next start may take depends on this model's KV cache being really gone.
         stoker_io::trim_heap();
         self.publish();
-        tracing::info!(instance, "model unloaded");
-        UnloadOutcome::Unloaded
     }
 
     fn generate(&mut self, connection: Arc<Connection>, message: Generate, arrived: clock::Instant) {
@@ -420,8 +443,9 @@ impl EngineThread {
     fn publish(&self) {
         let sequences = u32::try_from(self.sequences.len()).unwrap_or(u32::MAX);
         self.counters.sequences.store(sequences, Ordering::Relaxed);
-        let used = self.model.as_ref().map_or(0, |m| m.engine.stats().kv_bytes_used);
-        self.counters.kv_bytes_used.store(used, Ordering::Relaxed);
+        let stats = self.model.as_ref().map(|m| m.engine.stats()).unwrap_or_default();
+        self.counters.kv_bytes_used.store(stats.kv_bytes_used, Ordering::Relaxed);
+        self.counters.device_bytes.store(stats.device_bytes, Ordering::Relaxed);
     }
 
     fn report_drained(&mut self) {
@@ -446,6 +470,7 @@ impl Counters {
             steps: self.steps.load(Ordering::Relaxed),
             kv_bytes_used: self.kv_bytes_used.load(Ordering::Relaxed),
             tokens: self.tokens.load(Ordering::Relaxed),
+            device_bytes: self.device_bytes.load(Ordering::Relaxed),
         }
     }
 }
@@ -480,6 +505,7 @@ mod tests {
     use stoker_engine::EngineStats;
     use stoker_proto::{
         FrameReader, FrameWriter,
+        control::Load,
         stream::{Sampling, ToWorker, to_worker},
     };
     use tokio::net::UnixStream;
@@ -504,7 +530,7 @@ mod tests {
     struct FakeLoader(Mood, Arc<AtomicBool>);
 
     impl Loader for FakeLoader {
-        fn load(&mut self, _: &Load) -> Result<LoadedModel, LoadError> {
+        fn load(&mut self, _: LoadOrder) -> Result<LoadedModel, LoadError> {
             let engine = Box::new(Fake { mood: self.0, running: vec![], dropped: Arc::clone(&self.1) });
             Ok(LoadedModel { engine, map: Duration::ZERO, init: Duration::ZERO })
         }
@@ -555,6 +581,7 @@ mod tests {
         gateway: UnixStream,
         dropped: Arc<AtomicBool>,
         counters: Arc<Counters>,
+        landing: watch::Sender<Landing>,
     }
 
     /// An engine's thread with a loaded model of generation 1, and a connection to it.
@@ -566,12 +593,14 @@ mod tests {
         let thread = EngineThread::new(receiver, loader, Arc::clone(&counters));
         std::thread::spawn(move || thread.run());
         let (reply, loaded) = oneshot::channel();
-        let order = Box::new(Load { instance: 5, generation: 1, ..Load::default() });
+        let (landing, watched) = watch::channel(Landing::Coming);
+        let load = Load { instance: 5, generation: 1, ..Load::default() };
+        let order = Box::new(LoadOrder { load, granules: vec![], landing: watched });
         assert!(commands.send(Command::Load { order, reply }).await.is_ok());
         assert!(loaded.await.unwrap().is_ok());
         let (gateway, ours) = UnixStream::pair().unwrap();
         tokio::spawn(crate::connection::serve(1, ours, 1 << 20, commands.clone()));
-        Bench { commands, gateway, dropped, counters }
+        Bench { commands, gateway, dropped, counters, landing }
     }
 
     async fn generate(gateway: &mut UnixStream, stream: u64) {
@@ -624,6 +653,34 @@ mod tests {
         assert_eq!(bench.counters.pong(0).sequences, 0);
         // What is not there is unloaded.
         assert!(matches!(unload(&bench, false).await, UnloadOutcome::Unloaded));
+    }
+
+    #[tokio::test]
+    async fn a_model_whose_weights_do_not_arrive_is_dropped_and_its_streams_are_told() {
+        let mut bench = bench(Mood::Works).await;
+        generate(&mut bench.gateway, 3).await;
+        while bench.counters.pong(0).sequences < 1 {
+            tokio::task::yield_now().await;
+        }
+        // Somebody else's failure.
+        assert!(bench.commands.send(Command::NotDelivered).await.is_ok());
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Refused { sequences: 1 }));
+        bench.landing.send_replace(Landing::Failed("a bad chunk".into()));
+        assert!(bench.commands.send(Command::NotDelivered).await.is_ok());
+        let frame: FromWorker = FrameReader::new(&mut bench.gateway).next().await.unwrap().unwrap();
+        assert_eq!((frame.failures.len(), frame.failures[0].code()), (1, FailureCode::Unloaded));
+        assert!(frame.failures[0].message.contains("a bad chunk"), "{frame:?}");
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Unloaded));
+        assert!(bench.dropped.load(Ordering::SeqCst));
+        // What comes too late isn't taken.
+        let (reply, loaded) = oneshot::channel();
+        let order = Box::new(LoadOrder {
+            load: Load { instance: 6, generation: 2, ..Load::default() },
+            granules: vec![],
+            landing: bench.landing.subscribe(),
+        });
+        assert!(bench.commands.send(Command::Load { order, reply }).await.is_ok());
+        assert_eq!(loaded.await.unwrap().unwrap_err(), LoadError::NotDelivered("a bad chunk".into()));
     }
 
     #[tokio::test]

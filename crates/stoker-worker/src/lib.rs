@@ -9,13 +9,14 @@
 //! which it would not see of a thread that is missing.
 
 mod connection;
+mod cuda;
 mod engine;
 mod handover;
 mod loader;
 mod model;
 mod process;
 
-use std::{backtrace::Backtrace, panic, process::ExitCode, sync::Arc, time::Duration};
+use std::{backtrace::Backtrace, fmt, panic, process::ExitCode, str::FromStr, sync::Arc, time::Duration};
 
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -25,7 +26,7 @@ use tokio::{
 pub use process::WorkerLimits;
 
 use engine::{Counters, EngineThread};
-use model::PoolLoader;
+use model::ModelLoader;
 
 /// Exit code after a panic, in the engine or elsewhere.
 pub const EXIT_PANIC: u8 = 70;
@@ -38,10 +39,32 @@ pub const EXIT_FAILED: u8 = 71;
 pub struct WorkerArgs {
     /// Threads that a model computes with when the load order doesn't say; 0: as many as there are cores.
     pub threads: u32,
+    /// What it computes with.
+    pub device: WorkerDevice,
     /// Instead of a model, an engine that costs nothing: for measuring everything else.
     pub standin: Option<StandIn>,
     /// Bounds.
     pub limits: WorkerLimits,
+}
+
+/// What a worker computes with: for its whole life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WorkerDevice {
+    /// The processor, over weights in the node's pool. Written `cpu`.
+    #[default]
+    Cpu,
+    /// The processor, over weights in a simulated device's memory. Written `simulated`.
+    Simulated,
+    /// A GPU, by its number in this process. Written `cuda:0`.
+    Cuda(u32),
+}
+
+/// Why a string is no [`WorkerDevice`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is no device of a worker: write `cpu`, `simulated` or `cuda:0`")]
+pub struct ParseWorkerDeviceError {
+    /// What was given.
+    pub text: String,
 }
 
 /// An engine that costs nothing.
@@ -70,15 +93,15 @@ pub fn run(args: WorkerArgs) -> ExitCode {
 }
 
 fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let WorkerArgs { threads, standin, limits } = args;
+    let WorkerArgs { threads, device, standin, limits } = args;
     let inherited = handover::receive(std::io::stdin())?;
     inherited.control.set_nonblocking(true)?;
     inherited.listener.set_nonblocking(true)?;
 
     let (commands, receiver) = mpsc::channel(process::COMMANDS_MAX);
     let counters = Arc::<Counters>::default();
-    let loader = PoolLoader::new(inherited.pool, threads, standin)?;
-    let device = loader.device();
+    let loader = ModelLoader::new(inherited.pool, device, threads, standin)?;
+    let hello = process::Said { computes: loader.describe(), weights_first: loader.wants_weights_first() };
     let engine = EngineThread::new(receiver, Box::new(loader), Arc::clone(&counters));
     // Not joined: a step that does not end must not keep the process from ending.
     std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
@@ -86,7 +109,7 @@ fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let control = UnixStream::from_std(inherited.control)?;
         let listener = UnixListener::from_std(inherited.listener)?;
-        process::serve(control, listener, device, limits, commands, counters).await?;
+        process::serve(control, listener, hello, limits, commands, counters).await?;
         Ok(())
     })
 }
@@ -108,10 +131,53 @@ fn exit_on_panic() {
     }));
 }
 
+// === impl WorkerDevice ===
+
+impl FromStr for WorkerDevice {
+    type Err = ParseWorkerDeviceError;
+
+    fn from_str(text: &str) -> Result<Self, ParseWorkerDeviceError> {
+        let wrong = || ParseWorkerDeviceError { text: text.chars().take(64).collect() };
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "simulated" => Ok(Self::Simulated),
+            _ => {
+                let ordinal = text.strip_prefix("cuda:").ok_or_else(wrong)?;
+                ordinal.parse().map(Self::Cuda).map_err(|_| wrong())
+            }
+        }
+    }
+}
+
+impl fmt::Display for WorkerDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Simulated => f.write_str("simulated"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
 // === impl WorkerLimits ===
 
 impl Default for WorkerLimits {
     fn default() -> Self {
         Self { connections_max: 64, queue_bytes_max: 8 << 20, orphan_grace: Duration::from_secs(60) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_parse_as_they_print() {
+        for device in [WorkerDevice::Cpu, WorkerDevice::Simulated, WorkerDevice::Cuda(3)] {
+            assert_eq!(device.to_string().parse(), Ok(device));
+        }
+        for text in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x"] {
+            assert!(text.parse::<WorkerDevice>().is_err(), "{text}");
+        }
     }
 }

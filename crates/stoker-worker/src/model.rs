@@ -1,58 +1,86 @@
-//! Models from the pool.
+//! Models from the pool or from a device's memory.
 
 use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use stoker_checkpoint::Manifest;
+use stoker_device::SimulatedWindow;
 use stoker_engine::{
-    Engine, EngineError, EngineLimits, EngineStats, Region, SequenceRequest, StepEngine, StepOutput,
+    Engine, EngineError, EngineLimits, EngineStats, Places, Region, SequenceRequest, StepEngine, StepOutput,
     SubmitError, Threads, load_model, physical_cores,
 };
 use stoker_io::MappedFile;
-use stoker_proto::control::{FileSlots, Load};
-use stoker_types::clock;
+use stoker_proto::control::{DeviceSlab, FileSlots, Load};
+use stoker_types::{ByteSize, clock};
 
 use crate::{
-    StandIn,
-    loader::{LoadError, LoadedModel, Loader},
+    StandIn, WorkerDevice,
+    cuda::{CudaOrder, cuda_engine},
+    loader::{LoadError, LoadOrder, LoadedModel, Loader},
 };
 
 /// Prompt tokens computed in one step. A step is what a running stream waits for when somebody else's prompt comes in,
 /// and the time after which an abort is obeyed.
 const PREFILL_TOKENS_PER_STEP: u32 = 512;
 
-/// Maps a model's chunks from the pool and computes with them in place.
-pub(crate) struct PoolLoader {
+/// Maps a model's memory and computes with it in place.
+pub(crate) struct ModelLoader {
     pool: OwnedFd,
+    device: WorkerDevice,
     /// Started ahead, like everything that needs no model.
     threads: Arc<Threads>,
     standin: Option<StandIn>,
 }
 
+/// Where a model's tensors are in this process.
+enum Mapped {
+    /// Each file by itself.
+    Files(Vec<Arc<dyn Region>>),
+    /// All in one.
+    Slab { region: Arc<dyn Region>, offsets: Vec<u64> },
+}
+
 /// A file in the pool, as the engine sees it.
 struct PoolRegion(MappedFile);
+
+/// A simulated device's memory, as the engine sees it.
+struct WindowRegion(SimulatedWindow);
 
 /// A stand-in whose steps take time, and that keeps a model's mappings as an engine would.
 struct Paced {
     inner: stoker_engine::StandIn,
     step_time: Duration,
-    _regions: Vec<Arc<dyn Region>>,
+    _weights: Mapped,
 }
 
-// === impl PoolLoader ===
+// === impl ModelLoader ===
 
-impl PoolLoader {
+impl ModelLoader {
     /// A loader that computes with `threads` threads, or one for each core when that is 0.
-    pub(crate) fn new(pool: OwnedFd, threads: u32, standin: Option<StandIn>) -> io::Result<Self> {
-        let threads = if standin.is_some() { 1 } else { count(threads).unwrap_or_else(physical_cores) };
-        Ok(Self { pool, threads: Arc::new(Threads::new(threads)?), standin })
+    pub(crate) fn new(
+        pool: OwnedFd,
+        device: WorkerDevice,
+        threads: u32,
+        standin: Option<StandIn>,
+    ) -> io::Result<Self> {
+        let idle = standin.is_some() || matches!(device, WorkerDevice::Cuda(_));
+        let threads = if idle { 1 } else { count(threads).unwrap_or_else(physical_cores) };
+        Ok(Self { pool, device, threads: Arc::new(Threads::new(threads)?), standin })
     }
 
     /// What computes.
-    pub(crate) fn device(&self) -> String {
-        match self.standin {
-            Some(_) => "stand-in".into(),
-            None => format!("cpu {:?}, {} threads", self.threads.isa(), self.threads.count()),
+    pub(crate) fn describe(&self) -> String {
+        match (self.standin, self.device) {
+            (Some(_), _) => "stand-in".into(),
+            (None, WorkerDevice::Cuda(_)) => self.device.to_string(),
+            (None, WorkerDevice::Cpu | WorkerDevice::Simulated) => {
+                format!("{} {:?}, {} threads", self.device, self.threads.isa(), self.threads.count())
+            }
         }
+    }
+
+    /// Whether the weights have to be there before a model is loaded. A GPU's work waits for them by itself.
+    pub(crate) fn wants_weights_first(&self) -> bool {
+        !matches!(self.device, WorkerDevice::Cuda(_))
     }
 
     /// The threads that an order wants; 0 wants those that are there.
@@ -64,6 +92,44 @@ impl PoolLoader {
         }
         Ok(Arc::clone(&self.threads))
     }
+
+    fn map(&self, load: &Load, granules: &[OwnedFd]) -> Result<Mapped, LoadError> {
+        match (&load.slab, self.device) {
+            (None, WorkerDevice::Cpu) => {
+                let map_one = |FileSlots { len, slots }: &FileSlots| {
+                    let file = MappedFile::map(&self.pool, *len, load.chunk_bytes, slots)
+                        .map_err(|e| failed("mapping the weights failed", &e))?;
+                    Ok(Arc::new(PoolRegion(file)) as Arc<dyn Region>)
+                };
+                Ok(Mapped::Files(load.files.iter().map(map_one).collect::<Result<_, LoadError>>()?))
+            }
+            (Some(slab), WorkerDevice::Simulated) => {
+                let DeviceSlab { bytes, granule, tensors, .. } = slab;
+                let window = SimulatedWindow::import(granules, ByteSize(*bytes), ByteSize(*granule))
+                    .map_err(|e| failed("mapping the device's memory failed", &e))?;
+                Ok(Mapped::Slab { region: Arc::new(WindowRegion(window)), offsets: tensors.clone() })
+            }
+            (slab, device) => {
+                let ordered = if slab.is_some() { "on a device" } else { "in the pool" };
+                Err(LoadError::Failed(format!("a worker of {device} was given a model {ordered}")))
+            }
+        }
+    }
+
+    fn on_gpu(
+        ordinal: u32,
+        order: LoadOrder,
+        manifest: Manifest,
+        limits: EngineLimits,
+    ) -> Result<Box<dyn StepEngine>, LoadError> {
+        let LoadOrder { load, granules, landing } = order;
+        let Some(slab) = load.slab else {
+            return Err(LoadError::Failed(format!(
+                "a worker of cuda:{ordinal} was given a model in the pool"
+            )));
+        };
+        cuda_engine(CudaOrder { ordinal, manifest: Arc::new(manifest), slab, granules, limits, landing })
+    }
 }
 
 /// A number of threads, where one is named.
@@ -71,44 +137,56 @@ fn count(threads: u32) -> Option<usize> {
     usize::try_from(threads).ok().filter(|n| *n > 0)
 }
 
-impl Loader for PoolLoader {
-    fn load(&mut self, order: &Load) -> Result<LoadedModel, LoadError> {
-        let failed =
-            |what: &str, error: &dyn std::fmt::Display| LoadError::Failed(format!("{what}: {error}"));
+fn failed(what: &str, error: &dyn std::fmt::Display) -> LoadError {
+    LoadError::Failed(format!("{what}: {error}"))
+}
+
+impl Loader for ModelLoader {
+    fn load(&mut self, order: LoadOrder) -> Result<LoadedModel, LoadError> {
+        let manifest: Manifest = serde_json::from_slice(&order.load.manifest_json)
+            .map_err(|e| failed("the load order's manifest does not parse", &e))?;
+        let limits = EngineLimits {
+            context: order.load.context,
+            sequences_max: order.load.sequences_max,
+            kv_bytes: order.load.kv_bytes,
+            prefill_tokens_per_step: PREFILL_TOKENS_PER_STEP,
+        };
         let begun = clock::now();
-        let mut regions: Vec<Arc<dyn Region>> = Vec::with_capacity(order.files.len());
-        for FileSlots { len, slots } in &order.files {
-            let file = MappedFile::map(&self.pool, *len, order.chunk_bytes, slots)
-                .map_err(|e| failed("mapping the weights failed", &e))?;
-            regions.push(Arc::new(PoolRegion(file)));
+        if let (WorkerDevice::Cuda(ordinal), None) = (self.device, self.standin) {
+            let engine = Self::on_gpu(ordinal, order, manifest, limits)?;
+            return Ok(LoadedModel { engine, map: Duration::ZERO, init: begun.elapsed() });
         }
+        let weights = self.map(&order.load, &order.granules)?;
         let map = begun.elapsed();
 
         let begun = clock::now();
-        let manifest: Manifest = serde_json::from_slice(&order.manifest_json)
-            .map_err(|e| failed("the load order's manifest does not parse", &e))?;
-        let limits = EngineLimits {
-            context: order.context,
-            sequences_max: order.sequences_max,
-            kv_bytes: order.kv_bytes,
-            prefill_tokens_per_step: PREFILL_TOKENS_PER_STEP,
-        };
         let engine: Box<dyn StepEngine> = match self.standin {
             Some(StandIn { step_time }) => {
                 let vocab_size = manifest.config.as_ref().map_or(1 << 15, |c| c.vocab_size);
                 let inner = stoker_engine::StandIn::new(limits, vocab_size);
-                Box::new(Paced { inner, step_time, _regions: regions })
+                Box::new(Paced { inner, step_time, _weights: weights })
             }
             None => {
                 let threads =
-                    self.threads(order.threads).map_err(|e| failed("starting threads failed", &e))?;
-                let engine = load_model(&manifest, &regions, threads, &limits)
+                    self.threads(order.load.threads).map_err(|e| failed("starting threads failed", &e))?;
+                let engine = load_model(&manifest, weights.places(), threads, &limits)
                     .and_then(|model| Engine::new(model, limits))
                     .map_err(LoadError::from)?;
                 Box::new(engine)
             }
         };
         Ok(LoadedModel { engine, map, init: begun.elapsed() })
+    }
+}
+
+// === impl Mapped ===
+
+impl Mapped {
+    fn places(&self) -> Places<'_> {
+        match self {
+            Self::Files(regions) => Places::Files(regions),
+            Self::Slab { region, offsets } => Places::Slab { region, offsets },
+        }
     }
 }
 
@@ -124,11 +202,17 @@ impl From<EngineError> for LoadError {
     }
 }
 
-// === impl PoolRegion ===
+// === impl PoolRegion, WindowRegion ===
 
 impl Region for PoolRegion {
     fn bytes(&self) -> &[u8] {
         &self.0
+    }
+}
+
+impl Region for WindowRegion {
+    fn bytes(&self) -> &[u8] {
+        self.0.as_ref()
     }
 }
 

@@ -10,9 +10,9 @@
 use std::{io, sync::Arc, time::Duration};
 
 use stoker_proto::{
-    FrameReader, FrameWriter, PROTOCOL_VERSION,
+    DescriptorReader, FrameReader, FrameWriter, PROTOCOL_VERSION,
     control::{
-        FromWorker, Hello, Load, LoadFailed, Loaded, ToWorker, Unload, UnloadRefused, Unloaded, from_worker,
+        FromWorker, Hello, Landed, Load, LoadFailed, ToWorker, Unload, UnloadRefused, Unloaded, from_worker,
         to_worker,
     },
 };
@@ -22,7 +22,7 @@ use tokio::{
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::task::TaskTracker;
@@ -30,7 +30,7 @@ use tokio_util::task::TaskTracker;
 use crate::{
     connection,
     engine::{Command, Counters, Drained, UnloadOutcome},
-    loader::LoadError,
+    loader::{Landing, LoadError, LoadOrder},
 };
 
 /// Commands that may wait for the engine's thread; a gateway that sends more waits.
@@ -51,6 +51,14 @@ pub struct WorkerLimits {
     pub orphan_grace: Duration,
 }
 
+/// What the worker is.
+pub(crate) struct Said {
+    /// What computes, in words.
+    pub(crate) computes: String,
+    /// Whether a model's weights have to be there before it is loaded.
+    pub(crate) weights_first: bool,
+}
+
 /// Why the worker ended otherwise than told.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
@@ -66,7 +74,7 @@ pub(crate) enum ServeError {
 pub(crate) async fn serve(
     control: UnixStream,
     listener: UnixListener,
-    device: String,
+    said: Said,
     limits: WorkerLimits,
     commands: mpsc::Sender<Command>,
     counters: Arc<Counters>,
@@ -76,21 +84,34 @@ pub(crate) async fn serve(
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
-    let mut node = Node { reader: FrameReader::new(read), writer: FrameWriter::new(write), gone: false };
-    let hello = Hello { protocol: PROTOCOL_VERSION, pid: std::process::id(), device };
+    let reader = FrameReader::new(DescriptorReader::new(read));
+    let mut node = Node { reader, writer: FrameWriter::new(write), gone: false };
+    let Said { computes, weights_first } = said;
+    let hello = Hello { protocol: PROTOCOL_VERSION, pid: std::process::id(), device: computes };
     node.say(from_worker::Kind::Hello(hello)).await;
 
     let connections = TaskTracker::new();
     let mut connection_id = 0;
     let (replies, mut reply) = mpsc::channel(8);
     let mut end = End::default();
+    // Of the model that was ordered last.
+    let mut delivery: Option<Delivery> = None;
     loop {
         tokio::select! {
             message = node.next() => match message {
                 Some(to_worker::Kind::Ping(ping)) => {
                     node.say(from_worker::Kind::Pong(counters.pong(ping.number))).await;
                 }
-                Some(to_worker::Kind::Load(order)) => ask(load(order, commands.clone()), &replies),
+                Some(to_worker::Kind::Load(order)) => {
+                    let (order, ordered) = Delivery::of(order, node.descriptors());
+                    delivery = Some(ordered);
+                    ask(load(order, weights_first, commands.clone()), &replies);
+                }
+                Some(to_worker::Kind::Landed(landed)) => {
+                    if delivery.as_ref().is_some_and(|delivery| delivery.landed(landed)) {
+                        send(Command::NotDelivered, &commands);
+                    }
+                }
                 Some(to_worker::Kind::Unload(order)) => ask(unload(order, commands.clone()), &replies),
                 Some(to_worker::Kind::Shutdown(order)) => {
                     tracing::info!(grace_ms = order.grace_ms, "shutting down");
@@ -144,9 +165,15 @@ pub(crate) async fn serve(
     }
 }
 
+/// A model's way to the device.
+struct Delivery {
+    instance: u64,
+    landing: watch::Sender<Landing>,
+}
+
 /// The control connection.
 struct Node {
-    reader: FrameReader<OwnedReadHalf>,
+    reader: FrameReader<DescriptorReader<OwnedReadHalf>>,
     writer: FrameWriter<OwnedWriteHalf>,
     gone: bool,
 }
@@ -166,9 +193,48 @@ enum EndStep {
     EngineGone,
 }
 
+// === impl Delivery ===
+
+impl Delivery {
+    /// Of a model that is ordered. `descriptors` takes those that came with the order.
+    fn of(load: Load, descriptors: &mut DescriptorReader<OwnedReadHalf>) -> (LoadOrder, Self) {
+        let begun = match &load.slab {
+            Some(slab) => usize::try_from(slab.granules).ok().and_then(|count| descriptors.take(count)),
+            None => Some(Vec::new()),
+        };
+        let landing = match (&load.slab, &begun) {
+            (None, _) => Landing::Landed,
+            (Some(_), Some(_)) => Landing::Coming,
+            (Some(slab), None) => {
+                Landing::Failed(format!("{} descriptors did not come with the order", slab.granules))
+            }
+        };
+        let (sender, landing) = watch::channel(landing);
+        let delivery = Self { instance: load.instance, landing: sender };
+        (LoadOrder { load, granules: begun.unwrap_or_default(), landing }, delivery)
+    }
+
+    /// The node says how it ended. True: it failed.
+    fn landed(&self, landed: Landed) -> bool {
+        let Landed { instance, error } = landed;
+        if instance != self.instance {
+            // Of a model that has been let go of.
+            return false;
+        }
+        let failed = error.is_some();
+        self.landing.send_replace(error.map_or(Landing::Landed, Landing::Failed));
+        failed
+    }
+}
+
 // === impl Node ===
 
 impl Node {
+    /// Descriptors that have come.
+    fn descriptors(&mut self) -> &mut DescriptorReader<OwnedReadHalf> {
+        self.reader.inner_mut()
+    }
+
     /// The next message; `None`, once, when the node is gone. Pending for ever after that. Cancel-safe.
     async fn next(&mut self) -> Option<to_worker::Kind> {
         if self.gone {
@@ -261,14 +327,20 @@ fn ask(
     });
 }
 
-async fn load(order: Load, commands: mpsc::Sender<Command>) -> Option<from_worker::Kind> {
-    let instance = order.instance;
+async fn load(
+    mut order: LoadOrder,
+    weights_first: bool,
+    commands: mpsc::Sender<Command>,
+) -> Option<from_worker::Kind> {
+    let instance = order.load.instance;
+    if weights_first {
+        // Without the node the process is ending.
+        order.landing.wait_for(|landing| *landing != Landing::Coming).await.ok()?;
+    }
     let (reply, outcome) = oneshot::channel();
     commands.send(Command::Load { order: Box::new(order), reply }).await.ok()?;
     Some(match outcome.await.ok()? {
-        Ok(Loaded { instance, map_us, init_us }) => {
-            from_worker::Kind::Loaded(Loaded { instance, map_us, init_us })
-        }
+        Ok(loaded) => from_worker::Kind::Loaded(loaded),
         Err(error) => {
             let not_runnable = matches!(error, LoadError::NotRunnable(_));
             from_worker::Kind::LoadFailed(LoadFailed { instance, not_runnable, message: error.to_string() })

@@ -7,8 +7,8 @@ use stoker_scheduler::{
     residency::{Action, DemandView, InstanceState, ModelKey, StopReason, decide},
 };
 use stoker_types::{
-    Generation, InstanceId, Phase, Refusal, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier,
-    Timeline, WorkerId,
+    DeviceId, Generation, InstanceId, Phase, Refusal, StartFailure, StartOrder, Started, StopFailure,
+    StopMode, Tier, Timeline, WorkerId,
 };
 
 use super::{Failed, Instance, Order, State, period, reason_in_words};
@@ -98,6 +98,7 @@ impl State {
             instance: id,
             generation,
             model: self.model(key).facts.model.clone(),
+            device: DeviceId(0),
             context: sizing.context,
             sequences_max: sizing.sequences,
             kv_bytes: sizing.kv_bytes,
@@ -220,7 +221,6 @@ impl State {
         // Decided with more memory than there is. What is known of it by now may have others make room.
         let planned_anew =
             matches!(failure, StartFailure::OutOfMemory { .. }) && self.model(key).sizing.is_ok();
-        let (backoff_min, backoff_max) = (self.config.backoff_min, self.config.backoff_max);
         let model = self.model_mut(key);
         if (failure.is_transient() || stale || planned_anew) && !model.retried {
             // Who waits goes on waiting: the next decision starts it once more.
@@ -228,6 +228,13 @@ impl State {
             return;
         }
         model.retried = false;
+        self.back_off(key, failure, now);
+    }
+
+    /// A model can't be started: who waits for it is told so, and who comes soon.
+    fn back_off(&mut self, key: ModelKey, failure: StartFailure, now: Duration) {
+        let (backoff_min, backoff_max) = (self.config.backoff_min, self.config.backoff_max);
+        let model = self.model_mut(key);
         // A changed file is nothing to back off from: the next start finds the new one.
         if !matches!(failure, StartFailure::Changed { .. }) {
             let count = model.failed.as_ref().map_or(0, |failed| failed.count).saturating_add(1);
@@ -286,6 +293,22 @@ impl State {
             self.record(id, key, Event::Lost, terms, now);
         }
         self.changed();
+    }
+
+    /// An instance that was served already didn't get its weights whole.
+    pub(crate) fn undelivered(&mut self, id: InstanceId, failure: StartFailure, now: Duration) {
+        let Some(instance) = self.instances.get_mut(&id) else { return };
+        if instance.state == InstanceState::Starting {
+            // The start was reported as ready before; that report is on its way.
+            instance.lost = Some(failure.to_string());
+            return;
+        }
+        telemetry::lost();
+        if let Some(key) = self.remove(id) {
+            tracing::warn!(model = %self.model(key).facts.model, instance = %id, %failure, "a model didn't arrive whole");
+            self.record(id, key, Event::Lost, failure.to_string(), now);
+            self.back_off(key, failure, now);
+        }
     }
 
     /// Instances that should have a worker.

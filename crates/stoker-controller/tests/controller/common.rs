@@ -347,12 +347,14 @@ impl NodeApi for FakeNode {
             dram_mapped: ByteSize::ZERO,
             residency: Vec::new(),
             rates: Vec::new(),
+            devices: Vec::new(),
             workers: inner
                 .ready
                 .iter()
                 .map(|(instance, worker)| WorkerStatus {
                     worker: *worker,
                     pid: 1,
+                    device: "cpu".into(),
                     state: WorkerState::Serving,
                     instance: Some((*instance, inner.live[instance].model.clone())),
                     private_bytes: ByteSize::ZERO,

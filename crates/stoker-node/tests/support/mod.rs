@@ -19,12 +19,12 @@ use stoker_checkpoint::{
     TokenizerFiles, Trust, WeightFile, manifest::CHUNK_BYTES,
 };
 use stoker_node::{
-    Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, RuntimeDir, Watchdog, WorkerConfig,
+    Catalog, CatalogEntry, MemoryConfig, Node, NodeConfig, NodeDevice, RuntimeDir, Watchdog, WorkerConfig,
 };
 use stoker_store::{Store, StoreConfig};
 use stoker_types::{
-    ByteSize, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder, WorkerId,
-    WorkerState,
+    ByteSize, DeviceId, Generation, InstanceId, ModelName, NodeEvent, NodeSnapshot, StartFailure, StartOrder,
+    WorkerId, WorkerState,
 };
 use tokio::{sync::broadcast, time::timeout};
 
@@ -166,10 +166,22 @@ impl Bed {
         budget: ByteSize,
         memory: MemoryConfig,
     ) -> Self {
+        Self::on_devices(workers, vec![], dir, models, budget, memory)
+    }
+
+    pub(crate) fn on_devices(
+        workers: WorkerConfig,
+        devices: Vec<NodeDevice>,
+        dir: tempfile::TempDir,
+        models: Models,
+        budget: ByteSize,
+        memory: MemoryConfig,
+    ) -> Self {
         let store = Store::open(StoreConfig::new(budget)).unwrap();
         let config = NodeConfig {
             runtime: RuntimeDir::claim(&dir.path().join("run")).unwrap(),
             workers,
+            devices,
             memory,
             keeper: None,
         };
@@ -184,6 +196,7 @@ impl Bed {
             instance: InstanceId(number),
             generation: Generation(number),
             model: name(model),
+            device: DeviceId(0),
             context: 4096,
             sequences_max: 8,
             kv_bytes: ByteSize::mib(8),

@@ -105,7 +105,7 @@ impl Server {
             )
             .ok();
         let memory = MemoryConfig { pressure, ..MemoryConfig::new(kv) };
-        let node_config = NodeConfig { runtime, workers, memory, keeper };
+        let node_config = NodeConfig { runtime, workers, devices: Vec::new(), memory, keeper };
         let node = Node::open(node_config, store, Arc::new(library.clone()))?;
 
         let (export, exporter) = if config.telemetry.traces {

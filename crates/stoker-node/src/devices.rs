@@ -1,0 +1,551 @@
+//! Models in a device's memory.
+//!
+//! The memory is the node's: a model's slab stays when the worker that computed with it dies, and the next worker maps it
+//! without a byte being copied. A model is on its way to the device, on it, or not: [`Landing`]. Its slab goes with the
+//! last instance that was let go of in order; after a worker's death it stays as cache until its room is needed, or for
+//! [`KEPT_FOR`].
+
+use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use stoker_device::{Device, DeviceError, Slab, memory_holders};
+use stoker_proto::{
+    DESCRIPTORS_MAX,
+    control::{DeviceSlab, GATE_BYTES},
+};
+use stoker_store::{
+    CheckpointFiles, Delivered, DeviceTarget, Keep, Layout, LoadError, LoadReport, ModelKey, Priority, Store,
+};
+use stoker_types::{ByteSize, DeviceMemoryState, MemoryBudget, MemoryHolder, ModelName, StartFailure, clock};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::fleet::Fleet;
+
+/// How long weights stay on a device after the worker that computed with them has died, if nobody needs their room.
+const KEPT_FOR: Duration = Duration::from_mins(10);
+
+/// Least bytes of a granule: few descriptors, and none of them small.
+const GRANULE_MIN: u64 = 1 << 30;
+
+/// What is left to others: 512 MiB or 3 % of a device, whichever is more; a quarter of a small one.
+const RESERVE_MIN: ByteSize = ByteSize::mib(512);
+
+/// A device's memory and the models in it. A cheap handle.
+#[derive(Clone)]
+pub(crate) struct Slabs {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    name: String,
+    device: Arc<dyn Device>,
+    /// Most that instances may take, if somebody said so.
+    cap: Option<ByteSize>,
+    /// What an instance takes beside weights and KV cache.
+    work: ByteSize,
+    store: Store,
+    fleet: Fleet,
+    state: Mutex<State>,
+    /// One at a time looks for room and takes it.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    models: HashMap<ModelKey, Held>,
+    last: u64,
+    /// As of the last look.
+    budget: MemoryBudget,
+    total: ByteSize,
+    free: ByteSize,
+    holders: Vec<MemoryHolder>,
+}
+
+/// A model that is on the device or on its way.
+struct Held {
+    /// Distinguishes it from a later one of the same key.
+    number: u64,
+    slab: Slab,
+    layout: Arc<Layout>,
+    gate: u64,
+    landing: watch::Receiver<Landing>,
+    /// Ends the delivery.
+    cancel: CancellationToken,
+    tenants: u32,
+    /// Since when it has been there for nobody.
+    cached: Option<Instant>,
+}
+
+/// How far a model's way to the device is.
+#[derive(Debug, Clone)]
+pub(crate) enum Landing {
+    /// On its way.
+    Coming,
+    /// There, and checked.
+    Landed(Arc<Arrival>),
+    /// It will not be there.
+    Failed(StartFailure),
+}
+
+/// What a delivery did.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) load: LoadReport,
+    /// From the order to the last byte.
+    pub(crate) took: Duration,
+    /// When that was: wall-clock time since the Unix epoch.
+    pub(crate) ended: Duration,
+}
+
+/// An instance's hold on a model's slab. Dropped, the slab goes with the last one; see [`Lease::keep`].
+pub(crate) struct Lease {
+    slabs: Slabs,
+    key: ModelKey,
+    number: u64,
+    kept: bool,
+    /// The model was there or on its way already.
+    pub(crate) joined: bool,
+    pub(crate) landing: watch::Receiver<Landing>,
+}
+
+/// What one more instance takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    /// KV cache and work memory of all instances of the device, the new one's included.
+    pub(crate) beside: ByteSize,
+    /// KV cache of the new one.
+    pub(crate) kv: ByteSize,
+    /// Its context, tokens.
+    pub(crate) context: u32,
+}
+
+/// A look at the device.
+struct Reading {
+    effective: ByteSize,
+    /// In slabs.
+    weights: ByteSize,
+    free: ByteSize,
+}
+
+// === impl Slabs ===
+
+impl Slabs {
+    pub(crate) fn new(
+        name: String,
+        device: Arc<dyn Device>,
+        cap: Option<ByteSize>,
+        work: ByteSize,
+        store: Store,
+        fleet: Fleet,
+    ) -> Self {
+        let total = device.info().memory;
+        let configured = configured(total, cap);
+        let state = State { budget: MemoryBudget::whole(configured), total, free: total, ..State::default() };
+        let (state, turn) = (Mutex::new(state), tokio::sync::Mutex::default());
+        Self { inner: Arc::new(Inner { name, device, cap, work, store, fleet, state, turn }) }
+    }
+
+    /// What an instance takes beside weights and KV cache.
+    pub(crate) fn work(&self) -> ByteSize {
+        self.inner.work
+    }
+
+    /// Holds a model on the device: the one that is there or on its way, or a new delivery, which has begun when this
+    /// returns. `then` gets to see how a new one ended. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`StartFailure::OutOfMemory`] with who has the rest; `Worker` when the device itself fails.
+    pub(crate) async fn hold(
+        &self,
+        files: &CheckpointFiles,
+        layout: Layout,
+        wanted: Wanted,
+        ours: Vec<u32>,
+        then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
+    ) -> Result<Lease, StartFailure> {
+        let model = &files.key().name;
+        let _turn = self.inner.turn.lock().await;
+        let (gate, bytes) = layout.with_tail(ByteSize(GATE_BYTES));
+        let there = self.join(files.key());
+        let needed = if there.is_some() { ByteSize::ZERO } else { bytes };
+        let room = self.make_room(model, needed, bytes, wanted, ours).await;
+        match (there, room) {
+            (Some(lease), Ok(())) => return Ok(lease),
+            (Some(lease), Err(failure)) => {
+                // They were there before, for nobody or for others.
+                lease.keep();
+                return Err(failure);
+            }
+            (None, room) => room?,
+        }
+        let slab = {
+            let device = Arc::clone(&self.inner.device);
+            let granule = ByteSize(bytes.bytes().div_ceil(DESCRIPTORS_MAX as u64).max(GRANULE_MIN));
+            let allocated = tokio::task::spawn_blocking(move || device.allocate(bytes, granule)).await;
+            match allocated {
+                Ok(Ok(slab)) => slab,
+                Ok(Err(error)) => return Err(self.failed(model, &error)),
+                Err(_) => return Err(StartFailure::Cancelled { model: model.clone() }),
+            }
+        };
+        self.deliver(files, slab, Arc::new(layout), gate, then)
+    }
+
+    /// Takes note of what there is, and of who has the rest when it is less than it should be.
+    pub(crate) async fn look(&self, ours: Vec<u32>) {
+        if let Err(error) = self.read(ours).await {
+            tracing::warn!(device = self.inner.name, %error, "the device's memory can't be read; its budget stays");
+        }
+    }
+
+    /// The state, as of the last look.
+    pub(crate) fn now(&self) -> DeviceMemoryState {
+        let Inner { name, device, work, store, .. } = &*self.inner;
+        let state = self.inner.state.lock();
+        let State { models, budget, total, free, holders, .. } = &*state;
+        let whole = models.iter().filter(|(_, held)| matches!(&*held.landing.borrow(), Landing::Landed(_)));
+        let mut resident: Vec<ModelName> = whole.map(|(key, _)| key.name.clone()).collect();
+        resident.sort();
+        let idle = models.values().filter(|held| held.tenants == 0);
+        let now = DeviceMemoryState {
+            name: name.clone(),
+            budget: *budget,
+            work: *work,
+            total: *total,
+            free: *free,
+            weights: models.values().map(|held| held.slab.bytes()).sum(),
+            cached: idle.map(|held| held.slab.bytes()).sum(),
+            resident,
+            rate: store.device_rate(device.info().ordinal),
+            holders: holders.clone(),
+        };
+        drop(state);
+        publish(&now);
+        now
+    }
+
+    /// Drops what of a model is on the device for nobody. Returns how much that was.
+    pub(crate) fn evict(&self, model: &ModelName) -> ByteSize {
+        let gone: Vec<Held> = {
+            let mut state = self.inner.state.lock();
+            state
+                .models
+                .extract_if(|key, held| key.name == *model && held.tenants == 0)
+                .map(|(_, h)| h)
+                .collect()
+        };
+        gone.iter().map(|held| held.slab.bytes()).sum()
+    }
+
+    /// The model that is there or on its way, if there is one.
+    fn join(&self, key: &ModelKey) -> Option<Lease> {
+        let mut state = self.inner.state.lock();
+        // One that has been given up comes to an end, and another takes its place.
+        let held = state.models.get_mut(key).filter(|held| !held.cancel.is_cancelled())?;
+        held.tenants += 1;
+        held.cached = None;
+        let (number, landing) = (held.number, held.landing.clone());
+        Some(Lease { slabs: self.clone(), key: key.clone(), number, kept: false, joined: true, landing })
+    }
+
+    /// Has cached weights go until there is room for `needed` bytes of weights (`bytes`, if they aren't there yet) and
+    /// what instances take beside.
+    async fn make_room(
+        &self,
+        model: &ModelName,
+        needed: ByteSize,
+        bytes: ByteSize,
+        wanted: Wanted,
+        ours: Vec<u32>,
+    ) -> Result<(), StartFailure> {
+        loop {
+            let reading = self.read(ours.clone()).await.map_err(|error| self.failed(model, &error))?;
+            let Reading { effective, weights, free } = reading;
+            let taken = weights + wanted.beside;
+            if taken + needed <= effective {
+                return Ok(());
+            }
+            if let Some(cached) = self.take_oldest_cached() {
+                // Giving memory back waits for the device.
+                let dropped = tokio::task::spawn_blocking(move || drop(cached)).await;
+                dropped.map_err(|_| StartFailure::Cancelled { model: model.clone() })?;
+                continue;
+            }
+            let work = self.inner.work;
+            let Wanted { kv, context, beside: _ } = wanted;
+            let own = needed + kv + work;
+            let had = effective.saturating_sub(taken.saturating_sub(kv + work));
+            let name = &self.inner.name;
+            let mut detail = format!(
+                "on {name}: weights {bytes} + KV {kv} for a context of {context} + work {work}; {free} are free, {weights} \
+                 hold weights of other models"
+            );
+            if let Some(shortage) = self.now().shortage() {
+                detail = format!("{detail}; {shortage}");
+            }
+            return Err(StartFailure::OutOfMemory { model: model.clone(), needed: own, free: had, detail });
+        }
+    }
+
+    fn take_oldest_cached(&self) -> Option<Held> {
+        let mut state = self.inner.state.lock();
+        let cached = state.models.iter().filter_map(|(key, held)| Some((held.cached?, key)));
+        let oldest = cached.min_by_key(|(since, _)| *since)?.1.clone();
+        state.models.remove(&oldest)
+    }
+
+    /// Begins to bring a model into a slab.
+    fn deliver(
+        &self,
+        files: &CheckpointFiles,
+        slab: Slab,
+        layout: Arc<Layout>,
+        gate: u64,
+        then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
+    ) -> Result<Lease, StartFailure> {
+        let (key, device) = (files.key().clone(), Arc::clone(&self.inner.device));
+        let target = DeviceTarget { device, slab: slab.clone(), layout: Arc::clone(&layout) };
+        let delivering = self
+            .inner
+            .store
+            .deliver(files, target, Keep::All, Priority::Demand)
+            .map_err(|error| crate::node::start_failure(&key.name, error))?;
+        let (sender, landing) = watch::channel(Landing::Coming);
+        let cancel = CancellationToken::new();
+        let number = {
+            let mut state = self.inner.state.lock();
+            state.last += 1;
+            let held = Held {
+                number: state.last,
+                slab,
+                layout,
+                gate,
+                landing: landing.clone(),
+                cancel: cancel.clone(),
+                tenants: 1,
+                cached: None,
+            };
+            let number = held.number;
+            state.models.insert(key.clone(), held);
+            number
+        };
+        let (slabs, model) = (self.clone(), key.clone());
+        tokio::spawn(async move {
+            let delivered = delivering.wait(&cancel).await;
+            then(delivered.as_ref());
+            let landing = match delivered {
+                Ok(delivered) => {
+                    let Delivered { load, copied, total, first: _, resident: _ } = delivered;
+                    let device = slabs.inner.name.clone();
+                    metrics::counter!("stoker_node_device_copied_bytes_total", "device" => device)
+                        .increment(copied.bytes());
+                    Landing::Landed(Arc::new(Arrival { load, took: total, ended: clock::wall() }))
+                }
+                Err(error) => {
+                    // Whoever comes next tries anew.
+                    slabs.forget(&model, number);
+                    Landing::Failed(crate::node::start_failure(&model.name, error))
+                }
+            };
+            sender.send_replace(landing);
+        });
+        Ok(Lease { slabs: self.clone(), key, number, kept: false, joined: false, landing })
+    }
+
+    /// Takes a model off the list. Its slab goes with whoever still has it.
+    fn forget(&self, key: &ModelKey, number: u64) -> Option<Held> {
+        let mut state = self.inner.state.lock();
+        if state.models.get(key).is_some_and(|held| held.number == number) {
+            return state.models.remove(key);
+        }
+        None
+    }
+
+    async fn read(&self, ours: Vec<u32>) -> Result<Reading, DeviceError> {
+        let inner = Arc::clone(&self.inner);
+        let read = move || {
+            let memory = inner.device.memory()?;
+            let configured = configured(memory.total, inner.cap);
+            let by_workers = ByteSize(inner.fleet.device_bytes());
+            let room = (memory.free + memory.slabs + by_workers).saturating_sub(reserve(memory.total));
+            let budget = MemoryBudget { configured, effective: configured.min(room) };
+            let holders = if budget.is_short() {
+                others(memory_holders(inner.device.info()), &ours)
+            } else {
+                Vec::new()
+            };
+            let mut state = inner.state.lock();
+            (state.budget, state.total, state.free) = (budget, memory.total, memory.free);
+            state.holders = holders;
+            Ok(Reading { effective: budget.effective, weights: memory.slabs, free: memory.free })
+        };
+        tokio::task::spawn_blocking(read).await.unwrap_or(Err(DeviceError::Closed))
+    }
+
+    fn failed(&self, model: &ModelName, error: &DeviceError) -> StartFailure {
+        let model = model.clone();
+        match error {
+            DeviceError::OutOfMemory { needed, free, .. } => {
+                let (needed, free) = (*needed, *free);
+                StartFailure::OutOfMemory { model, needed, free, detail: error.to_string() }
+            }
+            error => StartFailure::Worker { model, detail: format!("{}: {error}", self.inner.name) },
+        }
+    }
+}
+
+/// What is left to others.
+fn reserve(total: ByteSize) -> ByteSize {
+    RESERVE_MIN.max(ByteSize(total.bytes() / 100 * 3)).min(ByteSize(total.bytes() / 4))
+}
+
+/// Most that instances may ever take.
+fn configured(total: ByteSize, cap: Option<ByteSize>) -> ByteSize {
+    let all = total.saturating_sub(reserve(total));
+    cap.map_or(all, |cap| cap.min(all))
+}
+
+fn others(holders: Vec<MemoryHolder>, ours: &[u32]) -> Vec<MemoryHolder> {
+    holders.into_iter().filter(|holder| !ours.contains(&holder.pid)).collect()
+}
+
+fn publish(now: &DeviceMemoryState) {
+    let DeviceMemoryState { name, budget, free, weights, cached, .. } = now;
+    let kinds = [
+        ("budget_configured", budget.configured),
+        ("budget_effective", budget.effective),
+        ("free", *free),
+        ("weights", *weights),
+        ("cached", *cached),
+    ];
+    for (kind, bytes) in kinds {
+        #[expect(clippy::cast_precision_loss, reason = "a metric")]
+        metrics::gauge!("stoker_node_device_bytes", "device" => name.clone(), "kind" => kind)
+            .set(bytes.bytes() as f64);
+    }
+}
+
+// === impl Lease ===
+
+impl Lease {
+    /// What a worker has to know to map it, and the descriptors.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(crate) fn export(&self) -> Result<(DeviceSlab, Vec<OwnedFd>), StartFailure> {
+        let model = || self.key.name.clone();
+        let (slab, layout, gate) = {
+            let state = self.slabs.inner.state.lock();
+            let held = state.models.get(&self.key).filter(|held| held.number == self.number);
+            match held {
+                Some(held) => (held.slab.clone(), Arc::clone(&held.layout), held.gate),
+                // Its delivery has failed already.
+                None => {
+                    return Err(match &*self.landing.borrow() {
+                        Landing::Failed(failure) => failure.clone(),
+                        Landing::Coming | Landing::Landed(_) => StartFailure::Cancelled { model: model() },
+                    });
+                }
+            }
+        };
+        let granules = slab.export().map_err(|error| self.slabs.failed(&model(), &error))?;
+        let order = DeviceSlab {
+            bytes: slab.bytes().bytes(),
+            granule: slab.granule().bytes(),
+            granules: u32::try_from(granules.len()).unwrap_or(u32::MAX),
+            tensors: layout.tensors().to_vec(),
+            gate,
+        };
+        Ok((order, granules))
+    }
+
+    /// The instance's worker died: the weights stay for the next one.
+    pub(crate) fn keep(mut self) {
+        self.kept = true;
+    }
+
+    /// Nobody waits for this instance any more: the delivery ends if nobody else does.
+    pub(crate) fn give_up(&self) {
+        let state = self.slabs.inner.state.lock();
+        if let Some(held) = state.models.get(&self.key)
+            && (held.number, held.tenants) == (self.number, 1)
+        {
+            held.cancel.cancel();
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut state = self.slabs.inner.state.lock();
+        let Some(held) = state.models.get_mut(&self.key).filter(|held| held.number == self.number) else {
+            return;
+        };
+        held.tenants -= 1;
+        if held.tenants > 0 {
+            return;
+        }
+        if !self.kept {
+            held.cancel.cancel();
+            let gone = state.models.remove(&self.key);
+            drop(state);
+            drop(gone);
+            return;
+        }
+        let since = Instant::now();
+        held.cached = Some(since);
+        drop(state);
+        // Without a runtime the node is ending, and its slabs with it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (slabs, key, number) = (Arc::downgrade(&self.slabs.inner), self.key.clone(), self.number);
+            runtime.spawn(async move {
+                tokio::time::sleep(KEPT_FOR).await;
+                let Some(inner) = slabs.upgrade() else { return };
+                let mut state = inner.state.lock();
+                let expired =
+                    state.models.get(&key).is_some_and(|h| h.number == number && h.cached == Some(since));
+                let gone = if expired { state.models.remove(&key) } else { None };
+                drop(state);
+                drop(gone);
+            });
+        }
+    }
+}
+
+// === impl Landing ===
+
+impl Landing {
+    pub(crate) fn is_coming(&self) -> bool {
+        matches!(self, Self::Coming)
+    }
+
+    /// Why it will never be there.
+    pub(crate) fn failure(&self) -> Option<StartFailure> {
+        match self {
+            Self::Failed(failure) => Some(failure.clone()),
+            Self::Coming | Self::Landed(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_are_left_their_part() {
+        assert_eq!(reserve(ByteSize::gib(80)), ByteSize(ByteSize::gib(80).bytes() / 100 * 3));
+        assert_eq!(reserve(ByteSize::gib(8)), ByteSize::mib(512));
+        assert_eq!(reserve(ByteSize::mib(64)), ByteSize::mib(16));
+        assert_eq!(configured(ByteSize::gib(8), None), ByteSize::gib(8).saturating_sub(ByteSize::mib(512)));
+        assert_eq!(configured(ByteSize::gib(8), Some(ByteSize::gib(4))), ByteSize::gib(4));
+        assert_eq!(configured(ByteSize::mib(64), Some(ByteSize::gib(4))), ByteSize::mib(48));
+    }
+
+    #[test]
+    fn a_holder_of_our_own_is_nobody_else() {
+        let holder = |pid| MemoryHolder { pid, name: String::new(), bytes: ByteSize(1) };
+        assert_eq!(others(vec![holder(1), holder(2), holder(3)], &[2, 9]), [holder(1), holder(3)]);
+    }
+}

@@ -1,0 +1,448 @@
+//! A node that serves from devices: simulated ones, whose workers are this executable, with the engine for processors.
+
+use std::{collections::HashMap, num::NonZeroU32, path::Path, process::ExitCode, sync::Arc, time::Duration};
+
+use rustix::process::Signal;
+use stoker_checkpoint::{Source, Tensor};
+use stoker_device::{Device, DeviceError, SimulatedDevice, SimulatedOptions};
+use stoker_node::{CatalogEntry, MemoryConfig, NodeDevice, WorkerConfig};
+use stoker_proto::stream::{FailureCode, Finish};
+use stoker_types::{
+    ByteSize, BytesPerSec, DType, DeviceId, InstanceId, Phase, StartFailure, StopMode, Tier, TierBytes,
+    WorkerState,
+};
+use stoker_worker::{StandIn, WorkerArgs, WorkerDevice};
+use tokio::time::timeout;
+
+use crate::support::{
+    Bed, Models,
+    client::{Client, PATIENCE},
+    idle, name, noise_model, one_worker, signal, worker_lost, workers,
+};
+
+const PAGE: u64 = 2 << 20;
+
+// === what the child processes run ===
+
+fn worker(device: WorkerDevice, standin: Option<StandIn>) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
+    stoker_worker::run(WorkerArgs { threads: 1, device, standin, ..WorkerArgs::default() })
+}
+
+#[test]
+#[ignore = "a worker's process, with a real engine"]
+fn real_worker() -> ExitCode {
+    worker(WorkerDevice::Simulated, None)
+}
+
+#[test]
+#[ignore = "a worker's process: a step takes 10 ms"]
+fn slow_worker() -> ExitCode {
+    worker(WorkerDevice::Simulated, Some(StandIn { step_time: Duration::from_millis(10) }))
+}
+
+#[test]
+#[ignore = "a worker's process, for a GPU that it has no engine for"]
+fn cuda_worker() -> ExitCode {
+    worker(WorkerDevice::Cuda(0), None)
+}
+
+// === tests ===
+
+struct Sim {
+    bed: Bed,
+    devices: Vec<Arc<SimulatedDevice>>,
+}
+
+fn device(ordinal: u32, memory: ByteSize, rate: Option<BytesPerSec>) -> Arc<SimulatedDevice> {
+    let options = SimulatedOptions { ordinal, memory, rate, real_time: false };
+    Arc::new(SimulatedDevice::new(&options).unwrap())
+}
+
+fn node_device(device: &Arc<SimulatedDevice>, workers: WorkerConfig) -> NodeDevice {
+    let ordinal = device.info().ordinal;
+    let device: Arc<dyn Device> = Arc::clone(device) as Arc<dyn Device>;
+    NodeDevice { name: format!("simulated:{ordinal}"), device, memory: None, work: ByteSize::ZERO, workers }
+}
+
+/// The tiny models that the repository has.
+fn tiny_models() -> Models {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    let model = |kind: &str| {
+        let source = Source { uri: kind.into(), revision: None };
+        let manifest = stoker_checkpoint::index(&data.join(kind), source).unwrap();
+        (name(kind), CatalogEntry { dir: data.join(kind), manifest: Arc::new(manifest) })
+    };
+    Models(KINDS.map(model).into())
+}
+
+const KINDS: [&str; 4] = ["tiny-llama", "tiny-llama-bf16-sharded", "tiny-llama3", "tiny-mistral"];
+
+impl Sim {
+    fn over(devices: Vec<Arc<SimulatedDevice>>, workers: WorkerConfig, models: Models) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::in_dir(devices, workers, models, dir)
+    }
+
+    fn in_dir(
+        devices: Vec<Arc<SimulatedDevice>>,
+        workers: WorkerConfig,
+        models: Models,
+        dir: tempfile::TempDir,
+    ) -> Self {
+        let nodes = devices.iter().map(|device| node_device(device, workers.clone())).collect();
+        let memory = MemoryConfig::new(ByteSize::ZERO);
+        let bed = Bed::on_devices(workers, nodes, dir, models, ByteSize::mib(64), memory);
+        Self { bed, devices }
+    }
+
+    /// One device of 16 MiB (of which a quarter is others'), and models of 3 MB of noise.
+    fn noise(workers: WorkerConfig, rate: Option<BytesPerSec>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let model = |model: &str| {
+            let mut manifest = noise_model(dir.path(), model, NOISE);
+            let tensor = |at: u64| Tensor {
+                name: format!("noise.{at}"),
+                role: None,
+                dtype: DType::U8,
+                shape: vec![NOISE / 3],
+                file: 0,
+                offset: at * (NOISE / 3),
+                len: NOISE / 3,
+            };
+            manifest.tensors = (0..3).map(tensor).collect();
+            (name(model), CatalogEntry { dir: dir.path().to_owned(), manifest: Arc::new(manifest) })
+        };
+        let models = Models(HashMap::from(["a", "b", "c", "d"].map(model)));
+        Self::in_dir(vec![device(0, ByteSize::mib(16), rate)], workers, models, dir)
+    }
+
+    fn used(&self, device: usize) -> ByteSize {
+        self.devices[device].memory().unwrap().slabs
+    }
+
+    async fn start(&self, model: &str) -> Result<stoker_types::Started, StartFailure> {
+        self.bed.node.start(self.order(model)).await
+    }
+
+    fn order(&self, model: &str) -> stoker_types::StartOrder {
+        let mut order = self.bed.order(model);
+        (order.context, order.kv_bytes) = (64, ByteSize(PAGE / 2));
+        order
+    }
+
+    /// All of the device's memory is back.
+    async fn emptied(&self) {
+        let empty = async {
+            while self.devices.iter().any(|device| device.memory().unwrap().slabs > ByteSize::ZERO) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        timeout(PATIENCE, empty).await.expect("device memory came back");
+    }
+}
+
+/// Bytes of a noise model; each of its tensors is a third.
+const NOISE: u64 = 3 * 1_000_003;
+
+async fn check_reference(kind: &str, client: &mut Client, generation: u64) {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    let reference: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(data.join(kind).join("reference.json")).unwrap()).unwrap();
+    let ids = |value: &serde_json::Value| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
+    let cases = reference["cases"].as_array().unwrap();
+    let fitting = cases.iter().filter(|c| ids(&c["prompt_ids"]).len() + ids(&c["greedy_ids"]).len() <= 64);
+    let mut compared = 0;
+    for (stream, case) in (0..).zip(fitting) {
+        let (prompt, greedy) = (ids(&case["prompt_ids"]), ids(&case["greedy_ids"]));
+        client.generate(stream, generation, &prompt, u32::try_from(greedy.len()).unwrap()).await;
+        assert_eq!(client.collect(1).await[&stream].ids, greedy, "{kind}");
+        compared += 1;
+    }
+    assert!(compared > 0);
+}
+
+#[tokio::test]
+async fn a_model_on_a_device_answers_as_its_reference() {
+    let sim = Sim::over(
+        vec![device(0, ByteSize::mib(64), None)],
+        one_worker("devices::real_worker"),
+        tiny_models(),
+    );
+    for kind in KINDS.iter().chain(&KINDS) {
+        let order = sim.order(kind);
+        let started = sim.bed.node.start(order.clone()).await.unwrap();
+        assert!(started.timeline.actual(Phase::DeviceCopy).is_some());
+        let snapshot = sim.bed.node.look().await;
+        assert_eq!(snapshot.devices[0].resident, [name(kind)]);
+        assert_eq!((snapshot.devices[0].weights, snapshot.dram_mapped), (sim.used(0), ByteSize::ZERO));
+        assert_eq!(snapshot.workers[0].device, "simulated:0");
+        let mut client = Client::connect(&started.socket).await;
+        check_reference(kind, &mut client, order.generation.0).await;
+        sim.bed.node.stop(order.instance, StopMode::IfIdle).await.unwrap();
+        assert_eq!(sim.used(0), ByteSize::ZERO, "the model has left the device");
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", sim.bed.pid(started.worker))).unwrap();
+        assert!(!maps.contains("stoker-device"), "nothing of it stays mapped");
+    }
+    assert!(sim.bed.node.snapshot().dram_used > ByteSize::ZERO, "it stays in memory as cache");
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn another_worker_takes_over_what_a_killed_one_had_on_the_device() {
+    let rate = Some(BytesPerSec(1e9));
+    let sim =
+        Sim::over(vec![device(0, ByteSize::mib(64), rate)], workers("devices::real_worker"), tiny_models());
+    sim.bed.until("two workers are ready", |s| idle(s) == 2).await;
+    let mut events = sim.bed.node.events();
+    let started = sim.start("tiny-llama3").await.unwrap();
+    assert!(started.timeline.bytes.iter().all(|b| b.tier != Tier::Device));
+    let (copied, used) = (sim.devices[0].modelled(), sim.used(0));
+    assert!(copied > Duration::ZERO);
+
+    signal(sim.bed.pid(started.worker), Signal::KILL);
+    worker_lost(&mut events).await;
+    let order = sim.order("tiny-llama3");
+    let again = sim.bed.node.start(order.clone()).await.unwrap();
+    assert_ne!(again.worker, started.worker);
+    assert_eq!(sim.devices[0].modelled(), copied, "not a byte was copied");
+    assert_eq!((sim.used(0), again.timeline.actual(Phase::SsdRead)), (used, None));
+    assert!(
+        matches!(&again.timeline.bytes[..], [TierBytes { tier: Tier::Device, .. }]),
+        "{:?}",
+        again.timeline
+    );
+    let mut client = Client::connect(&again.socket).await;
+    check_reference("tiny-llama3", &mut client, order.generation.0).await;
+
+    // Let go of in order, it goes; so does one that was there for nobody.
+    sim.bed.node.stop(order.instance, StopMode::IfIdle).await.unwrap();
+    assert_eq!(sim.used(0), ByteSize::ZERO);
+    let started = sim.start("tiny-llama3").await.unwrap();
+    signal(sim.bed.pid(started.worker), Signal::KILL);
+    worker_lost(&mut events).await;
+    let state = &sim.bed.node.look().await.devices[0];
+    assert_eq!((state.cached, state.weights), (used, used));
+    sim.bed.node.evict(&name("tiny-llama3")).await;
+    assert_eq!(sim.used(0), ByteSize::ZERO);
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn instances_of_a_model_share_its_weights_and_devices_dont() {
+    let two = vec![device(0, ByteSize::mib(64), None), device(1, ByteSize::mib(64), None)];
+    let sim = Sim::over(two, workers("devices::real_worker"), tiny_models());
+    let mut on = Vec::new();
+    for device in [0, 0, 1] {
+        let mut order = sim.order("tiny-llama");
+        order.device = DeviceId(device);
+        let started = sim.bed.node.start(order.clone()).await.unwrap();
+        let mut client = Client::connect(&started.socket).await;
+        check_reference("tiny-llama", &mut client, order.generation.0).await;
+        on.push(order.instance);
+    }
+    assert_eq!((sim.used(0), sim.used(1)), (ByteSize(PAGE), ByteSize(PAGE)));
+    sim.bed.node.stop(on[0], StopMode::IfIdle).await.unwrap();
+    assert_eq!(sim.used(0), ByteSize(PAGE), "the other has it");
+    sim.bed.node.stop(on[1], StopMode::IfIdle).await.unwrap();
+    assert_eq!((sim.used(0), sim.used(1)), (ByteSize::ZERO, ByteSize(PAGE)));
+    let mut order = sim.order("tiny-llama");
+    order.device = DeviceId(2);
+    let failure = sim.bed.node.start(order).await.unwrap_err();
+    assert!(failure.to_string().contains("no device d2 on this server"), "{failure}");
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_delivery_that_fails_leaves_nothing_and_the_next_one_works() {
+    let sim = Sim::noise(one_worker("devices::slow_worker"), None);
+    let fault = DeviceError::Simulated { device: 0, what: "lost a copy" };
+    sim.devices[0].fail_after(ByteSize(NOISE / 2), fault);
+    let failure = sim.start("a").await.unwrap_err();
+    assert!(failure.to_string().contains("lost a copy"), "{failure}");
+    assert!(failure.is_transient(), "{failure:?}");
+    sim.emptied().await;
+    sim.bed.until("its worker is ready again", |s| idle(s) == 1).await;
+
+    // A file that isn't what it was.
+    let path = sim.bed.dir.path().join("b");
+    std::fs::write(&path, vec![7; usize::try_from(NOISE - 1).unwrap()]).unwrap();
+    let failure = sim.start("b").await.unwrap_err();
+    assert!(matches!(failure, StartFailure::Changed { .. }), "{failure}");
+    sim.emptied().await;
+
+    let order = sim.order("a");
+    let started = sim.bed.node.start(order.clone()).await.unwrap();
+    let mut client = Client::connect(&started.socket).await;
+    client.generate(1, order.generation.0, &[1, 2, 40], 3).await;
+    assert_eq!(client.collect(1).await[&1].ends, [Finish::Length]);
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_start_that_is_given_up_gives_the_devices_memory_back() {
+    let sim =
+        Sim::over(vec![device(0, ByteSize::mib(64), None)], workers("devices::real_worker"), tiny_models());
+    sim.devices[0].pause(true);
+    sim.bed.until("two workers are ready", |s| idle(s) == 2).await;
+    let (first, second) = (sim.order("tiny-llama"), sim.order("tiny-llama"));
+    let starting = tokio::spawn({
+        let (node, order) = (sim.bed.node.clone(), first.clone());
+        async move { node.start(order).await }
+    });
+    let joining = tokio::spawn({
+        let (node, order) = (sim.bed.node.clone(), second.clone());
+        async move { node.start(order).await }
+    });
+    let loading = |s: &stoker_types::NodeSnapshot| {
+        s.workers.iter().filter(|w| w.state == WorkerState::Loading).count() == 2
+    };
+    sim.bed.until("both wait for the one delivery", loading).await;
+    assert_eq!(sim.used(0), ByteSize(PAGE));
+    let stopping = tokio::spawn({
+        let node = sim.bed.node.clone();
+        async move { node.stop(first.instance, StopMode::Now).await }
+    });
+    joining.abort();
+    // Copies that the device has come to their end before anybody else gets the memory.
+    tokio::task::yield_now().await;
+    assert_eq!(sim.used(0), ByteSize(PAGE));
+    sim.devices[0].pause(false);
+    stopping.await.unwrap().unwrap();
+    let failure = starting.await.unwrap().unwrap_err();
+    assert!(matches!(failure, StartFailure::Cancelled { .. }), "{failure}");
+    sim.emptied().await;
+    sim.bed.until("both workers are ready again", |s| idle(s) == 2).await;
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn room_on_a_device_is_found_or_the_error_says_who_has_it() {
+    // Twelve MiB for instances; each takes four of weights and one of KV cache.
+    let sim = Sim::noise(workers("devices::slow_worker"), None);
+    let mut events = sim.bed.node.events();
+    let a = sim.order("a");
+    sim.bed.node.start(a.clone()).await.unwrap();
+    let b = sim.start("b").await.unwrap();
+    let failure = sim.start("c").await.unwrap_err();
+    let StartFailure::OutOfMemory { needed, free, detail, .. } = &failure else { panic!("{failure}") };
+    assert_eq!((*needed, *free), (ByteSize::mib(5), ByteSize::mib(2)), "{detail}");
+    assert!(detail.contains("weights 4.0 MiB + KV 1.0 MiB for a context of 64"), "{detail}");
+
+    // What a dead worker left goes first.
+    signal(sim.bed.pid(b.worker), Signal::KILL);
+    worker_lost(&mut events).await;
+    assert_eq!(sim.used(0), ByteSize::mib(8));
+    let c = sim.order("c");
+    sim.bed.node.start(c.clone()).await.unwrap();
+    let state = sim.bed.node.look().await.devices[0].clone();
+    assert_eq!(state.resident, [name("a"), name("c")]);
+    assert_eq!((state.cached, state.budget.effective), (ByteSize::ZERO, ByteSize::mib(12)));
+
+    // Another program takes memory.
+    sim.bed.node.stop(c.instance, StopMode::IfIdle).await.unwrap();
+    sim.devices[0].hold_elsewhere(ByteSize::mib(6));
+    let failure = sim.start("c").await.unwrap_err();
+    let StartFailure::OutOfMemory { needed, free, detail, .. } = &failure else { panic!("{failure}") };
+    assert_eq!((*needed, *free), (ByteSize::mib(5), ByteSize::mib(1)), "{detail}");
+    assert!(detail.contains("instances may take 6.0 MiB (12.0 MiB configured)"), "{detail}");
+    sim.devices[0].hold_elsewhere(ByteSize::ZERO);
+    sim.start("c").await.unwrap();
+    sim.bed.node.shutdown(Duration::ZERO).await;
+    assert_eq!(sim.used(0), ByteSize::ZERO, "nothing is left on it");
+}
+
+#[tokio::test]
+async fn a_gpu_without_an_engine_is_said_to_be_one() {
+    let sim = Sim::noise(one_worker("devices::cuda_worker"), None);
+    let failure = sim.start("a").await.unwrap_err();
+    assert!(matches!(failure, StartFailure::NotRunnable { .. }), "{failure}");
+    assert!(failure.to_string().contains("no engine for GPUs"), "{failure}");
+    sim.emptied().await;
+    sim.bed.until("its worker is ready again", |s| idle(s) == 1).await;
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn random_orders_deaths_and_faults_leak_nothing() {
+    use rand::{RngExt, SeedableRng};
+    let sim = Sim::noise(
+        WorkerConfig { workers_max: NonZeroU32::new(5).unwrap(), ..workers("devices::slow_worker") },
+        None,
+    );
+    let mut rng = rand::rngs::StdRng::seed_from_u64(11);
+    let mut running: Vec<InstanceId> = Vec::new();
+    for _ in 0..150 {
+        match rng.random_range(0..10) {
+            0..5 => {
+                let order = sim.order(["a", "b", "c", "d"][rng.random_range(0..4)]);
+                if rng.random_bool(0.1) {
+                    let fault = DeviceError::Simulated { device: 0, what: "lost a copy" };
+                    sim.devices[0].fail_after(ByteSize(rng.random_range(0..NOISE)), fault);
+                }
+                let patience = if rng.random_bool(0.3) {
+                    Duration::from_micros(rng.random_range(0..8000))
+                } else {
+                    PATIENCE
+                };
+                match timeout(patience, sim.bed.node.start(order.clone())).await {
+                    Ok(Ok(_)) => running.push(order.instance),
+                    Err(_)
+                    | Ok(Err(
+                        StartFailure::OutOfMemory { .. }
+                        | StartFailure::Worker { .. }
+                        | StartFailure::Read { .. },
+                    )) => {}
+                    Ok(Err(other)) => panic!("{other}"),
+                }
+            }
+            5..8 if !running.is_empty() => {
+                let instance = running.swap_remove(rng.random_range(0..running.len()));
+                let mode = if rng.random_bool(0.5) { StopMode::Now } else { StopMode::IfIdle };
+                let _ = sim.bed.node.stop(instance, mode).await;
+            }
+            8 => {
+                let workers = sim.bed.node.snapshot().workers;
+                let any = rng.random_range(0..workers.len().max(1));
+                if let Some(worker) = workers.get(any).filter(|w| w.pid > 0) {
+                    let pid = rustix::process::Pid::from_raw(i32::try_from(worker.pid).unwrap()).unwrap();
+                    // It may have gone by itself.
+                    let _ = rustix::process::kill_process(pid, Signal::KILL);
+                }
+            }
+            _ => drop(sim.bed.node.evict(&name(["a", "b", "c", "d"][rng.random_range(0..4)])).await),
+        }
+        assert!(sim.used(0) <= ByteSize::mib(12), "never more than its budget");
+    }
+    for instance in running {
+        let _ = sim.bed.node.stop(instance, StopMode::Now).await;
+    }
+    for model in ["a", "b", "c", "d"] {
+        sim.bed.node.evict(&name(model)).await;
+    }
+    sim.emptied().await;
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn streams_of_a_killed_worker_end_and_others_go_on() {
+    let sim = Sim::noise(workers("devices::slow_worker"), None);
+    let (a, b) = (sim.order("a"), sim.order("b"));
+    let on_a = sim.bed.node.start(a.clone()).await.unwrap();
+    let on_b = sim.bed.node.start(b.clone()).await.unwrap();
+    let (mut of_a, mut of_b) = (Client::connect(&on_a.socket).await, Client::connect(&on_b.socket).await);
+    of_a.generate(1, a.generation.0, &[1], 10_000).await;
+    of_b.generate(1, b.generation.0, &[1], 20).await;
+    assert!(of_a.next().await);
+    signal(sim.bed.pid(on_a.worker), Signal::KILL);
+    while of_a.next().await {}
+    assert_eq!(of_b.collect(1).await[&1].ends, [Finish::Length]);
+    // By force, with a typed failure.
+    of_b.generate(2, b.generation.0, &[1], 10_000).await;
+    while !of_b.outcomes.contains_key(&2) {
+        assert!(of_b.next().await);
+    }
+    sim.bed.node.stop(b.instance, StopMode::Now).await.unwrap();
+    assert_eq!(of_b.collect(1).await[&2].failure(), FailureCode::Unloaded);
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
