@@ -67,6 +67,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         settings: ModelSettings::default(),
         weight_bytes: ByteSize::mib(94),
         pool_bytes: ByteSize::mib(96),
+        device_bytes: ByteSize::mib(96),
         kv_bytes_per_token: ByteSize::kib(45),
         context_trained: 8192,
         weights_on: stoker_types::Tier::Ssd,

@@ -65,11 +65,11 @@ impl ControllerHandle {
     pub fn sizing(&self, model: &ModelName) -> Result<Sizing, Refusal> {
         let unknown = || StartFailure::UnknownModel { model: model.clone() };
         let facts = self.shared.facts.facts(model).ok_or_else(unknown)?;
-        let (budgets, rules) = {
+        let (places, rules) = {
             let state = self.shared.state.lock();
-            (state.config.budgets, state.config.sizing)
+            (state.places.clone(), state.config.sizing)
         };
-        size(&facts, &budgets, &rules).map_err(|error| self.shared.state.lock().too_large_for(&facts, error))
+        size(&facts, &places, &rules).map_err(|error| self.shared.state.lock().too_large_for(&facts, error))
     }
 
     /// What is known of a model, in words; `None` when there is no such model.
@@ -82,8 +82,15 @@ impl ControllerHandle {
         let known = state.model(key);
         let sizing = match &known.sizing {
             Ok(sizing) => format!(
-                "context {} for {} sequences: weights {} + KV {}",
-                sizing.context, sizing.sequences, sizing.pool_bytes, sizing.kv_bytes
+                "context {} for {} sequences: weights {} + KV {}{}",
+                sizing.context,
+                sizing.sequences,
+                sizing.pool_bytes,
+                sizing.kv_bytes,
+                match sizing.work_bytes {
+                    stoker_types::ByteSize::ZERO => String::new(),
+                    work => format!(" + work {work}"),
+                },
             ),
             Err(error) => error.to_string(),
         };

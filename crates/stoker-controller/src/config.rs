@@ -7,13 +7,16 @@ use stoker_scheduler::{
     residency::{Budgets, Rules},
     sizing::SizingRules,
 };
-use stoker_types::QueueLimits;
+use stoker_types::{ByteSize, QueueLimits};
 
 /// Everything that may be set.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Config {
-    /// Memory and workers. Both memory budgets follow what the node's snapshots say.
+    /// Memory and workers of a server without devices. Both memory budgets follow what the node's snapshots say.
     pub budgets: Budgets,
+    /// The server's devices, in order; where there are any, instances are there and nowhere else. Their memory follows
+    /// what the node's snapshots say.
+    pub devices: Vec<DeviceConfig>,
     /// Judgements about thrash and waiting.
     pub rules: Rules,
     /// Judgements about KV cache.
@@ -32,12 +35,26 @@ pub struct Config {
     pub records_max: usize,
 }
 
+/// A device that instances may be on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceConfig {
+    /// What people call it: `cuda:0`.
+    pub name: String,
+    /// Most that instances may take of it.
+    pub memory: ByteSize,
+    /// What each takes beside weights and KV cache.
+    pub work: ByteSize,
+    /// Workers that may serve a model.
+    pub slots: u32,
+}
+
 impl Config {
     /// The defaults, for these budgets.
     #[must_use]
     pub fn new(budgets: Budgets) -> Self {
         Self {
             budgets,
+            devices: Vec::new(),
             rules: Rules::default(),
             sizing: SizingRules::default(),
             queue: QueueLimits::default(),

@@ -22,9 +22,9 @@ mod telemetry;
 
 pub use admin::UnloadError;
 pub use admit::{ControllerHandle, Permit, Seat};
-pub use config::Config;
+pub use config::{Config, DeviceConfig};
 pub use owner::spawn;
-pub use report::{DecisionRecord, Event, Explanation, InstanceStatus, Status};
+pub use report::{DecisionRecord, DeviceUse, Event, Explanation, InstanceStatus, Status};
 pub use seams::{Facts, NodeApi};
 pub use stoker_scheduler::{
     estimate::Priors,

@@ -22,10 +22,14 @@ pub struct InstanceStatus {
     pub sequences: u32,
     /// Sequences that hold a seat.
     pub in_flight: u32,
-    /// Chunks that it maps.
+    /// Where it is: `cpu`, `cuda:0`.
+    pub device: String,
+    /// Weights that it maps: chunks of the pool, or device memory.
     pub pool_bytes: ByteSize,
     /// KV cache reserved for it.
     pub kv_bytes: ByteSize,
+    /// Work memory reserved for it on its device.
+    pub work_bytes: ByteSize,
     /// Never makes room.
     pub pinned: bool,
     /// How long it stays when idle.
@@ -55,12 +59,29 @@ pub struct Status {
     pub kv_used: ByteSize,
     /// And reservable.
     pub kv_budget: MemoryBudget,
+    /// The server's devices; none where instances are in its memory.
+    pub devices: Vec<DeviceUse>,
     /// Instances, whatever their state.
     pub instances: u32,
     /// Most instances.
     pub slots: u32,
     /// No new requests are admitted.
     pub shutting_down: bool,
+}
+
+/// What instances take of one device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeviceUse {
+    /// Its name.
+    pub name: String,
+    /// Weights, KV caches and work memory of its instances.
+    pub used: ByteSize,
+    /// And what they may take.
+    pub budget: MemoryBudget,
+    /// What the driver says is free.
+    pub free: ByteSize,
+    /// Instances on it, whatever their state.
+    pub instances: u32,
 }
 
 /// What happened to an instance, or was decided about it.

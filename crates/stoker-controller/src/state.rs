@@ -18,18 +18,19 @@ use std::{
 use stoker_scheduler::{
     Robust,
     estimate::{Estimator, StartEstimate},
-    residency::{Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, StopReason, View},
+    residency::{Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Place, StopReason, View},
     sizing::{Sizing, TooLarge, size},
 };
 use stoker_types::{
-    ByteSize, ClientId, Generation, InstanceId, KeepAlive, ModelFacts, ModelName, NodeMemory, NodeSnapshot,
-    Period, Refusal, SeatInfo, StartFailure, StartOrder, StopMode, Timeline, WorkerId, clock,
+    ByteSize, ClientId, DeviceId, DeviceMemoryState, Generation, InstanceId, KeepAlive, MemoryBudget,
+    ModelFacts, ModelName, NodeMemory, NodeSnapshot, Period, Refusal, SeatInfo, StartFailure, StartOrder,
+    StopMode, Timeline, WorkerId, clock,
 };
 use tokio::sync::{oneshot, watch};
 
 use crate::{
     config::Config,
-    report::{DecisionRecord, Event, InstanceStatus, Status},
+    report::{DecisionRecord, DeviceUse, Event, InstanceStatus, Status},
 };
 
 pub(crate) use queue::Reply;
@@ -47,8 +48,12 @@ pub(crate) struct State {
     waiting: usize,
     waiting_by_client: HashMap<ClientId, usize>,
     pub(crate) seats_taken: u32,
-    /// The node's memory, as of the last snapshot. The budgets in `config` are its effective ones.
+    /// The node's memory, as of the last snapshot.
     memory: NodeMemory,
+    /// Its devices, as of the last snapshot that had as many as were configured.
+    devices: Vec<DeviceMemoryState>,
+    /// Where instances may be, with what is in force now.
+    pub(crate) places: Vec<Place>,
     /// Bytes of each model that are in DRAM, as of the last snapshot.
     residency: HashMap<ModelName, ByteSize>,
     /// When the owner will look again by itself.
@@ -118,6 +123,7 @@ pub(crate) struct Failed {
 /// One instance.
 pub(crate) struct Instance {
     pub(crate) model: ModelKey,
+    pub(crate) device: DeviceId,
     pub(crate) state: InstanceState,
     pub(crate) sizing: Sizing,
     generation: Generation,
@@ -154,9 +160,20 @@ pub(crate) struct Grant {
 
 impl State {
     pub(crate) fn new(config: Config) -> Self {
+        let places = match &config.devices[..] {
+            [] => vec![Place::Pool(config.budgets)],
+            devices => devices
+                .iter()
+                .map(|d| Place::Device { memory: d.memory, work: d.work, slots: d.slots })
+                .collect(),
+        };
         Self {
             estimator: Estimator::new(config.priors),
+            memory: NodeMemory::whole(config.budgets.dram, config.budgets.kv),
+            records: VecDeque::with_capacity(config.records_max),
             config,
+            devices: Vec::new(),
+            places,
             models: Vec::new(),
             keys: HashMap::new(),
             instances: BTreeMap::new(),
@@ -164,11 +181,9 @@ impl State {
             waiting: 0,
             waiting_by_client: HashMap::new(),
             seats_taken: 0,
-            memory: NodeMemory::whole(config.budgets.dram, config.budgets.kv),
             residency: HashMap::new(),
             wakeup: None,
             shutting_down: false,
-            records: VecDeque::with_capacity(config.records_max),
             orders: Vec::new(),
             instance_next: 1,
             generation_next: 1,
@@ -191,7 +206,7 @@ impl State {
 
     /// Enters a model, or renews what is known of it.
     pub(crate) fn know(&mut self, facts: ModelFacts) -> ModelKey {
-        let sizing = size(&facts, &self.config.budgets, &self.config.sizing);
+        let sizing = size(&facts, &self.places, &self.config.sizing);
         if let Some(key) = self.key(&facts.model) {
             let model = self.model_mut(key);
             model.facts = facts;
@@ -227,16 +242,18 @@ impl State {
     pub(crate) fn observe(&mut self, snapshot: &NodeSnapshot) {
         self.residency = snapshot.residency.iter().cloned().collect();
         self.memory = snapshot.memory.clone();
-        let (dram, kv) = (self.memory.dram.effective, self.memory.kv.effective);
-        let before = self.config.budgets;
-        if (dram, kv) == (before.dram, before.kv) {
+        if snapshot.devices.len() == self.config.devices.len() {
+            self.devices.clone_from(&snapshot.devices);
+        }
+        let after = self.places_with(|budget| budget.effective);
+        let before = std::mem::replace(&mut self.places, after);
+        if self.places == before {
             return;
         }
-        (self.config.budgets.dram, self.config.budgets.kv) = (dram, kv);
-        let (budgets, rules) = (self.config.budgets, self.config.sizing);
-        let has_grown = dram > before.dram || kv > before.kv;
+        let has_grown = before.iter().zip(&self.places).any(|(before, after)| has_grown(before, after));
+        let rules = self.config.sizing;
         for model in &mut self.models {
-            model.sizing = size(&model.facts, &budgets, &rules);
+            model.sizing = size(&model.facts, &self.places, &rules);
             // What had no room then may have some now.
             if has_grown
                 && model
@@ -257,6 +274,39 @@ impl State {
         self.changed.send_replace(());
     }
 
+    /// Where instances may be, with the configured budgets or those in force.
+    fn places_with(&self, of: fn(&MemoryBudget) -> ByteSize) -> Vec<Place> {
+        let place = |(place, at): (&Place, usize)| match *place {
+            Place::Pool(Budgets { slots, .. }) => {
+                let NodeMemory { dram, kv, .. } = &self.memory;
+                Place::Pool(Budgets { dram: of(dram), kv: of(kv), slots })
+            }
+            Place::Device { memory, work, slots } => {
+                let memory = self.devices.get(at).map_or(memory, |device| of(&device.budget));
+                Place::Device { memory, work, slots }
+            }
+        };
+        self.places.iter().zip(0..).map(place).collect()
+    }
+
+    /// What a device is called.
+    fn device_name(&self, device: DeviceId) -> String {
+        let configured = self.config.devices.get(device.0 as usize);
+        configured.map_or_else(|| "cpu".to_owned(), |device| device.name.clone())
+    }
+
+    /// Where a model's weights are, for nobody.
+    fn there(&self, key: ModelKey) -> Option<DeviceId> {
+        let model = self.model(key);
+        let used = |device| model.instances.iter().any(|id| self.instances[id].device == device);
+        let here = |device: &DeviceMemoryState| device.resident.contains(&model.facts.model);
+        (0..)
+            .map(DeviceId)
+            .zip(&self.devices)
+            .find(|(id, device)| here(device) && !used(*id))
+            .map(|(id, _)| id)
+    }
+
     /// Why no instance of a model fits: it is larger than what was configured, or than what the machine has now.
     pub(crate) fn too_large(&self, key: ModelKey) -> Option<Refusal> {
         let model = self.model(key);
@@ -267,12 +317,15 @@ impl State {
     pub(crate) fn too_large_for(&self, facts: &ModelFacts, error: TooLarge) -> Refusal {
         let TooLarge { needed, budget, detail } = error;
         let model = facts.model.clone();
-        let configured = Budgets {
-            dram: self.memory.dram.configured,
-            kv: self.memory.kv.configured,
-            slots: self.config.budgets.slots,
+        let configured = self.places_with(|budget| budget.configured);
+        let shortage = match &self.devices[..] {
+            [] => self.memory.shortage(),
+            devices => {
+                let each: Vec<String> = devices.iter().filter_map(DeviceMemoryState::shortage).collect();
+                (!each.is_empty()).then(|| format!("{detail}; {}", each.join("; ")))
+            }
         };
-        match self.memory.shortage() {
+        match shortage {
             Some(shortage) if size(facts, &configured, &self.config.sizing).is_ok() => {
                 StartFailure::OutOfMemory { model, needed, free: budget, detail: shortage }.into()
             }
@@ -322,6 +375,7 @@ impl State {
         InstanceView {
             id,
             model: instance.model,
+            device: instance.device,
             state: instance.state,
             pool_bytes: instance.sizing.pool_bytes,
             kv_bytes: instance.sizing.kv_bytes,
@@ -354,30 +408,42 @@ impl State {
             oldest_since,
             priority: model.facts.settings.priority,
             need: Need { pool_bytes: sizing.pool_bytes, kv_bytes: sizing.kv_bytes },
+            there: self.there(key),
             instances_max: model.facts.settings.instances_max.max(1),
             evicts,
         })
     }
 
-    fn view<'a>(&self, instances: &'a [InstanceView], demands: &'a [DemandView]) -> View<'a> {
-        View { budgets: self.config.budgets, instances, demands }
+    fn view<'a>(&'a self, instances: &'a [InstanceView], demands: &'a [DemandView]) -> View<'a> {
+        View { places: &self.places, instances, demands }
     }
 
     pub(crate) fn status(&self) -> Status {
-        let mut weights: BTreeMap<ModelKey, ByteSize> = BTreeMap::new();
-        for instance in self.instances.values() {
-            weights.insert(instance.model, instance.sizing.pool_bytes);
-        }
+        let pooled = |i: &&Instance| matches!(self.places[i.device.0 as usize], Place::Pool(_));
+        let in_pool = || self.instances.values().filter(pooled);
         Status {
             waiting: self.waiting,
             in_flight: self.seats_taken,
-            dram_used: weights.into_values().sum(),
+            dram_used: weights_of(in_pool()),
             dram_budget: self.memory.dram,
-            kv_used: self.instances.values().map(|i| i.sizing.kv_bytes).sum(),
+            kv_used: in_pool().map(|i| i.sizing.kv_bytes).sum(),
             kv_budget: self.memory.kv,
+            devices: (0..).map(DeviceId).zip(&self.devices).map(|(id, d)| self.device_use(id, d)).collect(),
             instances: u32::try_from(self.instances.len()).unwrap_or(u32::MAX),
-            slots: self.config.budgets.slots,
+            slots: self.places.iter().map(slots).sum(),
             shutting_down: self.shutting_down,
+        }
+    }
+
+    fn device_use(&self, id: DeviceId, device: &DeviceMemoryState) -> DeviceUse {
+        let here = || self.instances.values().filter(|i| i.device == id);
+        let beside: ByteSize = here().map(|i| i.sizing.kv_bytes + i.sizing.work_bytes).sum();
+        DeviceUse {
+            name: device.name.clone(),
+            used: weights_of(here()) + beside,
+            budget: device.budget,
+            free: device.free,
+            instances: u32::try_from(here().count()).unwrap_or(u32::MAX),
         }
     }
 
@@ -408,8 +474,10 @@ impl State {
             context: instance.sizing.context,
             sequences: instance.sizing.sequences,
             in_flight: instance.in_flight,
+            device: self.device_name(instance.device),
             pool_bytes: instance.sizing.pool_bytes,
             kv_bytes: instance.sizing.kv_bytes,
+            work_bytes: instance.sizing.work_bytes,
             pinned,
             keep_alive,
             idle,
@@ -447,6 +515,27 @@ impl Model {
 fn period(began: Duration, ended: Duration, now: Duration) -> Period {
     let ended_at = clock::wall().saturating_sub(now.saturating_sub(ended));
     Period::until(ended_at, ended.saturating_sub(began))
+}
+
+/// Weights of instances on one place: those of a model are there once.
+fn weights_of<'a>(instances: impl Iterator<Item = &'a Instance>) -> ByteSize {
+    let by_model: BTreeMap<ModelKey, ByteSize> =
+        instances.map(|instance| (instance.model, instance.sizing.pool_bytes)).collect();
+    by_model.into_values().sum()
+}
+
+fn has_grown(before: &Place, after: &Place) -> bool {
+    match (before, after) {
+        (Place::Pool(before), Place::Pool(after)) => after.dram > before.dram || after.kv > before.kv,
+        (Place::Device { memory: before, .. }, Place::Device { memory: after, .. }) => after > before,
+        (Place::Pool(_), Place::Device { .. }) | (Place::Device { .. }, Place::Pool(_)) => true,
+    }
+}
+
+fn slots(place: &Place) -> u32 {
+    match place {
+        Place::Pool(Budgets { slots, .. }) | Place::Device { slots, .. } => *slots,
+    }
 }
 
 /// Why an instance stops, in words.

@@ -128,6 +128,12 @@ struct Reading {
     free: ByteSize,
 }
 
+/// Bytes of a device's memory that a model takes at most, of so many tensors in files of `weights` bytes.
+#[must_use]
+pub fn device_bytes_at_most(weights: ByteSize, tensors: u64) -> ByteSize {
+    Layout::at_most(weights, tensors, ByteSize(GATE_BYTES))
+}
+
 // === impl Slabs ===
 
 impl Slabs {

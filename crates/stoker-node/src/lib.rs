@@ -37,6 +37,7 @@ mod worker;
 pub use adopt::open_store;
 pub use clients::ClientSocket;
 pub use config::{Catalog, CatalogEntry, NodeConfig, NodeDevice, NodeError, Watchdog, WorkerConfig};
+pub use devices::device_bytes_at_most;
 pub use keeper::{Keeper, KeeperConfig, KeeperError};
 pub use memory::{MemoryConfig, MemoryProbe, MemoryReading, PressureError, PressureTrigger, SystemMemory};
 pub use node::Node;

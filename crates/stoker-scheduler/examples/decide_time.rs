@@ -7,15 +7,16 @@
 use std::{hint::black_box, time::Duration};
 
 use stoker_scheduler::residency::{
-    Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Rules, View, decide,
+    Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Place, Rules, View, decide,
 };
-use stoker_types::{ByteSize, InstanceId, KeepAlive, clock};
+use stoker_types::{ByteSize, DeviceId, InstanceId, KeepAlive, clock};
 
 fn main() {
     let instances: Vec<InstanceView> = (0..20u32)
         .map(|n| InstanceView {
             id: InstanceId(u64::from(n)),
             model: ModelKey(n),
+            device: DeviceId(0),
             state: InstanceState::Ready,
             pool_bytes: ByteSize::mib(u64::from(100 + n * 37 % 11 * 10)),
             kv_bytes: ByteSize::mib(50),
@@ -39,6 +40,7 @@ fn main() {
             oldest_since: Duration::from_millis(u64::from(n * 7919 % 1000) * 30),
             priority: i32::from(n % 10 == 0),
             need: Need { pool_bytes: ByteSize::mib(u64::from(80 + n % 200)), kv_bytes: ByteSize::mib(50) },
+            there: None,
             instances_max: 1,
             evicts: true,
         })
@@ -50,7 +52,8 @@ fn main() {
         ("everybody is overdue, more is taken than there is", 60, 2500),
     ] {
         let budgets = Budgets { dram: ByteSize::mib(dram), kv: ByteSize::gib(2), slots: 20 };
-        let view = View { budgets, instances: &instances, demands: &demands };
+        let places = [Place::Pool(budgets)];
+        let view = View { places: &places, instances: &instances, demands: &demands };
         let mut times: Vec<Duration> = (0..2000)
             .map(|_| {
                 let began = clock::now();

@@ -16,6 +16,8 @@ pub(crate) struct Space {
 pub(crate) struct Candidate {
     /// What its going costs; at least 1.
     pub cost: u64,
+    /// What it frees by itself of the room that weights take, where KV caches take of it, too.
+    pub dram: i64,
     /// KV cache that it frees.
     pub kv: i64,
     /// Its model, as an index into the groups.
@@ -79,6 +81,15 @@ impl Space {
     }
 }
 
+// === impl Candidate ===
+
+impl Candidate {
+    /// What it frees whoever else goes.
+    const fn own(&self) -> Space {
+        Space { dram: self.dram, kv: self.kv, slots: 1 }
+    }
+}
+
 /// The cheapest set of candidates whose going covers `deficit`, as ascending indices; the first such set in
 /// lexical order of cost-sorted candidates on a tie. `None` when not even all of them do.
 pub(crate) fn cover(
@@ -104,7 +115,7 @@ pub(crate) fn cover(
         } else {
             groups[candidate.group].dram
         };
-        rest[at] = rest[at + 1].plus(Space { dram, kv: candidate.kv, slots: 1 });
+        rest[at] = rest[at + 1].plus(candidate.own()).plus(Space { dram, ..Space::default() });
     }
     let mut search = Search {
         order: &order,
@@ -189,7 +200,8 @@ impl Search<'_> {
 fn take(groups: &mut [Group], candidate: &Candidate) -> Space {
     let group = &mut groups[candidate.group];
     group.staying -= 1;
-    Space { dram: if group.staying == 0 { group.dram } else { 0 }, kv: candidate.kv, slots: 1 }
+    let weights = if group.staying == 0 { group.dram } else { 0 };
+    candidate.own().plus(Space { dram: weights, ..Space::default() })
 }
 
 #[cfg(test)]
@@ -211,7 +223,8 @@ mod tests {
     #[test]
     fn one_large_victim_is_better_than_two_small_ones_that_cost_more() {
         let groups = [10, 10, 20].map(|dram| Group { staying: 1, dram });
-        let candidates = [(0, 5), (1, 5), (2, 7)].map(|(group, cost)| Candidate { cost, kv: 0, group });
+        let candidates =
+            [(0, 5), (1, 5), (2, 7)].map(|(group, cost)| Candidate { cost, dram: 0, kv: 0, group });
         let need = |dram| Space { dram, kv: 0, slots: 0 };
         assert_eq!(cover(need(8), &candidates, &groups, NODES_MAX).unwrap(), [0]);
         assert_eq!(cover(need(15), &candidates, &groups, NODES_MAX).unwrap(), [2]);
@@ -222,7 +235,7 @@ mod tests {
     #[test]
     fn weights_are_freed_with_the_last_instance() {
         let groups = [Group { staying: 2, dram: 10 }];
-        let candidates = [1, 2].map(|cost| Candidate { cost, kv: 3, group: 0 });
+        let candidates = [1, 2].map(|cost| Candidate { cost, dram: 0, kv: 3, group: 0 });
         let need = |dram, kv| Space { dram, kv, slots: 0 };
         assert_eq!(cover(need(0, 3), &candidates, &groups, NODES_MAX).unwrap(), [0]);
         assert_eq!(cover(need(1, 0), &candidates, &groups, NODES_MAX).unwrap(), [0, 1]);
@@ -235,12 +248,12 @@ mod tests {
 
         #[test]
         fn as_cheap_as_brute_force(
-            raw in prop::collection::vec((1u64..20, 0i64..10, 0usize..6), 0..10),
+            raw in prop::collection::vec((1u64..20, 0i64..10, 0i64..5, 0usize..6), 0..10),
             pools in prop::array::uniform6(0i64..20), beside in prop::array::uniform6(0u32..2),
             dram in -5i64..40, kv in -5i64..30, slots in -1i64..4,
         ) {
             let candidates: Vec<Candidate> =
-                raw.iter().map(|(cost, kv, group)| Candidate { cost: *cost, kv: *kv, group: *group }).collect();
+                raw.iter().map(|&(cost, kv, dram, group)| Candidate { cost, dram, kv, group }).collect();
             let mut groups: Vec<Group> = (0..6).map(|g| Group { staying: beside[g], dram: pools[g] }).collect();
             for candidate in &candidates {
                 groups[candidate.group].staying += 1;
@@ -264,7 +277,7 @@ mod tests {
             raw in prop::collection::vec((1u64..1000, 0i64..10), 1..40), kv in 0i64..100,
         ) {
             let candidates: Vec<Candidate> =
-                raw.iter().enumerate().map(|(at, (cost, kv))| Candidate { cost: *cost, kv: *kv, group: at }).collect();
+                raw.iter().enumerate().map(|(at, (cost, kv))| Candidate { cost: *cost, dram: 0, kv: *kv, group: at }).collect();
             let groups = vec![Group { staying: 1, dram: 0 }; candidates.len()];
             let deficit = Space { dram: 0, kv, slots: 0 };
             let possible = candidates.iter().map(|c| c.kv).sum::<i64>() >= kv;

@@ -17,12 +17,28 @@ pub struct Priors {
     pub remote: BytesPerSec,
     /// From SSD.
     pub ssd: BytesPerSec,
-    /// DRAM to the device; on the CPU, mapping chunks that are in memory.
+    /// Mapping chunks that are in memory.
     pub dram: BytesPerSec,
+    /// DRAM to a device.
+    pub link: BytesPerSec,
     /// The worker building its view of a model.
     pub init: Duration,
     /// Forward pass of one prompt token over one byte of weights, in picoseconds.
     pub prefill_ps: f64,
+}
+
+/// How weights get from DRAM to where they are computed with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Hop {
+    /// They are mapped where they are. How fast that is, the model's own starts have shown.
+    Map,
+    /// They are copied to a device.
+    Copy {
+        /// Those that aren't there yet.
+        bytes: ByteSize,
+        /// The measured rate of the device's link.
+        rate: Option<BytesPerSec>,
+    },
 }
 
 /// What one start has to do.
@@ -36,6 +52,8 @@ pub struct LoadNeed<'a> {
     pub remote_bytes: ByteSize,
     /// Those that come from SSD.
     pub ssd_bytes: ByteSize,
+    /// The last hop.
+    pub hop: Hop,
     /// Prompt of the request that waits, in tokens; 0 when nobody does.
     pub prompt_tokens: u32,
 }
@@ -63,7 +81,7 @@ pub enum Basis {
 /// Bytes that cross a tier.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CopyTerm {
-    /// The tier they come from.
+    /// The tier they come from; [`Tier::Device`]: from DRAM over the device's link.
     pub tier: Tier,
     /// How many.
     pub bytes: ByteSize,
@@ -125,6 +143,7 @@ impl Default for Priors {
             remote: BytesPerSec(1.0e9),
             ssd: BytesPerSec(3.0e9),
             dram: BytesPerSec(1.0e12),
+            link: BytesPerSec(50.0e9),
             init: Duration::from_millis(5),
             prefill_ps: 10.0,
         }
@@ -198,10 +217,17 @@ impl Estimator {
     #[must_use]
     pub fn start(&self, need: &LoadNeed<'_>, ahead: &Ahead, room: Duration, now: Duration) -> StartEstimate {
         let own = self.models.get(need.model).copied().unwrap_or_default();
+        let last = match need.hop {
+            Hop::Map => (Tier::Dram, need.weight_bytes, own.dram.or(self.shared.dram), self.priors.dram.0),
+            // The store measures it as it copies.
+            Hop::Copy { bytes, rate } => {
+                (Tier::Device, bytes, rate.and_then(|rate| Robust::first(rate.0, now)), self.priors.link.0)
+            }
+        };
         let rates = [
             (Tier::Remote, need.remote_bytes, self.remote, self.priors.remote.0),
             (Tier::Ssd, need.ssd_bytes, self.ssd, self.priors.ssd.0),
-            (Tier::Dram, need.weight_bytes, own.dram.or(self.shared.dram), self.priors.dram.0),
+            last,
         ];
         let mut copies = Vec::with_capacity(rates.len());
         let mut copy_at_least = Duration::ZERO;
@@ -325,7 +351,7 @@ impl StartEstimate {
             Phase::Queued => Some(self.room),
             Phase::RemoteRead => copy(Tier::Remote),
             Phase::SsdRead => copy(Tier::Ssd).map(|time| time.saturating_add(self.queue)),
-            Phase::DeviceCopy => copy(Tier::Dram),
+            Phase::DeviceCopy => copy(Tier::Dram).or_else(|| copy(Tier::Device)),
             Phase::Init => Some(self.init),
             Phase::Prefill => Some(self.prefill),
             Phase::Scheduled | Phase::Verify | Phase::FirstToken => None,
@@ -339,11 +365,15 @@ impl fmt::Display for StartEstimate {
             write!(f, "room in {} + ", Seconds(self.room))?;
         }
         match self.slowest() {
-            Some(CopyTerm { tier: Tier::Dram | Tier::Device, bytes, .. }) => {
+            Some(CopyTerm { tier: Tier::Dram, bytes, .. }) => {
                 write!(f, "{} in DRAM", Decimal(bytes.bytes()))?;
             }
             Some(term) => {
-                let tier = if term.tier == Tier::Remote { "remote" } else { "SSD" };
+                let tier = match term.tier {
+                    Tier::Remote => "remote",
+                    Tier::Device => "to the device",
+                    Tier::Ssd | Tier::Dram => "SSD",
+                };
                 let rate = term.rate.0.clamp(0.0, 1e18);
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped above")]
                 let rate = Decimal(rate as u64);
@@ -411,6 +441,7 @@ mod tests {
             weight_bytes: ByteSize(98_000_000),
             remote_bytes: ByteSize::ZERO,
             ssd_bytes: ByteSize(ssd_bytes),
+            hop: Hop::Map,
             prompt_tokens: 10,
         }
     }
@@ -438,6 +469,25 @@ mod tests {
             Duration::ZERO,
         );
         assert_eq!(fresh.to_string(), "SSD 98 MB at 3.0 GB/s (assumed) = 38 ms");
+    }
+
+    #[test]
+    fn a_device_is_reached_over_its_link() {
+        let model = name();
+        let estimator = Estimator::new(Priors::default());
+        let start = |ssd_bytes, bytes, rate: Option<f64>| {
+            let hop = Hop::Copy { bytes: ByteSize(bytes), rate: rate.map(BytesPerSec) };
+            let need = LoadNeed { hop, ..need(&model, ssd_bytes) };
+            estimator.start(&need, &Ahead::default(), Duration::ZERO, Duration::ZERO)
+        };
+        let copy = start(0, 14_000_000_000, Some(55e9));
+        assert_eq!(copy.to_string(), "to the device 14.0 GB at 55.0 GB/s = 0.3 s");
+        assert_eq!(copy.phase(Phase::DeviceCopy), copy.slowest().map(|term| term.time));
+        let assumed = start(0, 14_000_000_000, None);
+        assert_eq!(assumed.to_string(), "to the device 14.0 GB at 50.0 GB/s (assumed) = 0.3 s");
+        // The slower of two hops that overlap; and nothing when they are there.
+        assert_eq!(start(98_000_000, 98_000_000, Some(55e9)).slowest().unwrap().tier, Tier::Ssd);
+        assert_eq!(start(0, 0, Some(55e9)).to_string(), "nothing to copy = 5 ms");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! [`decide`] is a pure function of a [`View`], the [`Rules`] and the time. It is asked again after every event that
 //! changes the view, and at [`Decision::next_wakeup`]; nothing polls. Its promises, each a property test:
 //!
-//! - no budget is ever exceeded, whatever is starting or stopping counted in full;
+//! - an instance is on one [`Place`] with all that it takes, and no place's budget is ever exceeded, whatever is starting or stopping counted in full;
 //! - a busy, a loading and a pinned instance is never stopped;
 //! - demands are taken in the order of their *turn*: the time since when the oldest waits, moved forward by the
 //!   model's priority ([`Rules::priority_worth`] a point). So a higher priority goes first, and nobody starves;
@@ -15,7 +15,7 @@
 
 use std::{cmp::Reverse, collections::BinaryHeap, time::Duration};
 
-use stoker_types::{ByteSize, InstanceId, KeepAlive};
+use stoker_types::{ByteSize, DeviceId, InstanceId, KeepAlive};
 
 use crate::cover::{Candidate, Group, NODES_MAX, Space, cover};
 
@@ -23,7 +23,23 @@ use crate::cover::{Candidate, Group, NODES_MAX, Space, cover};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct ModelKey(pub u32);
 
-/// What there is to give away.
+/// Where instances may be, and what there is to give away. A [`DeviceId`] is a position in the list of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Weights lie in the pool, KV caches in the workers' memory.
+    Pool(Budgets),
+    /// A device: an instance's weights, KV cache and work memory are all taken of the same bytes.
+    Device {
+        /// Bytes of it.
+        memory: ByteSize,
+        /// What each instance takes beside weights and KV cache.
+        work: ByteSize,
+        /// Worker processes that may serve a model.
+        slots: u32,
+    },
+}
+
+/// What the pool has to give away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budgets {
     /// Bytes of weights that may be mapped: whole chunks of the pool.
@@ -54,9 +70,11 @@ pub struct InstanceView {
     pub id: InstanceId,
     /// Of which model.
     pub model: ModelKey,
+    /// Where it is.
+    pub device: DeviceId,
     /// Its state.
     pub state: InstanceState,
-    /// Chunks that it maps; shared by all instances of a model, and counted once.
+    /// Weights that it maps; shared by all instances of a model on one place, and counted once there.
     pub pool_bytes: ByteSize,
     /// KV cache reserved for it.
     pub kv_bytes: ByteSize,
@@ -87,7 +105,7 @@ pub struct InstanceView {
 /// What one new instance of a model takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Need {
-    /// Chunks.
+    /// Weights: whole chunks of the pool, or a slab of a device.
     pub pool_bytes: ByteSize,
     /// KV cache.
     pub kv_bytes: ByteSize,
@@ -106,6 +124,8 @@ pub struct DemandView {
     pub priority: i32,
     /// What an instance would take.
     pub need: Need,
+    /// Where its weights are already, for nobody: the first choice.
+    pub there: Option<DeviceId>,
     /// Most instances.
     pub instances_max: u32,
     /// May others make room for it? A preload at start takes free room only, after everybody else.
@@ -116,8 +136,8 @@ pub struct DemandView {
 /// be in it: it would wait for ever.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
-    /// What there is.
-    pub budgets: Budgets,
+    /// Where instances may be.
+    pub places: &'a [Place],
     /// Every instance that isn't gone.
     pub instances: &'a [InstanceView],
     /// Models with demand, in ascending order of `model`, each once.
@@ -160,6 +180,8 @@ pub enum Action {
     Start {
         /// Of which model.
         model: ModelKey,
+        /// Where.
+        device: DeviceId,
     },
     /// Admit nobody new to it.
     Drain {
@@ -218,11 +240,12 @@ struct Planner<'a> {
     view: &'a View<'a>,
     rules: &'a Rules,
     now: Duration,
-    free: Space,
-    /// Of instances that are on their way out, less what is promised.
-    freeing: Space,
-    /// Models that have instances, beside `groups`: looked up for every demand, so kept close together.
-    models: Vec<ModelKey>,
+    /// Of each place.
+    free: Vec<Space>,
+    /// Of instances that are on their way out, less what is promised; of each place.
+    freeing: Vec<Space>,
+    /// Models that have instances, and where, beside `groups`: looked up for every demand, so kept close together.
+    models: Vec<(ModelKey, usize)>,
     groups: Vec<ModelGroup>,
     group_of: Vec<usize>,
     claimed: Vec<Option<ModelKey>>,
@@ -235,6 +258,7 @@ struct Planner<'a> {
     shifts: Vec<Turn>,
 }
 
+/// A model's instances on one place.
 struct ModelGroup {
     instances: u32,
     /// Not stopping and not claimed.
@@ -245,18 +269,49 @@ struct ModelGroup {
     own_turn: Option<Turn>,
 }
 
+/// A model's instances, wherever they are.
+#[derive(Default)]
+struct Together {
+    instances: u32,
+    serving: bool,
+    seats_coming: u32,
+}
+
 enum Outcome {
-    Start,
+    Start(DeviceId),
     /// Room is on its way.
     Promised,
     Blocked,
 }
 
-// === impl Budgets ===
+// === impl Place ===
 
-impl Budgets {
+impl Place {
+    /// All that it has.
     fn space(&self) -> Space {
-        Space { dram: signed(self.dram), kv: signed(self.kv), slots: i64::from(self.slots) }
+        match self {
+            Self::Pool(Budgets { dram, kv, slots }) => {
+                Space { dram: signed(*dram), kv: signed(*kv), slots: i64::from(*slots) }
+            }
+            Self::Device { memory, work: _, slots } => {
+                Space { dram: signed(*memory), kv: 0, slots: i64::from(*slots) }
+            }
+        }
+    }
+
+    /// What an instance with this KV cache takes beside its weights.
+    fn beside(&self, kv: ByteSize) -> Space {
+        match self {
+            Self::Pool(_) => Space { dram: 0, kv: signed(kv), slots: 1 },
+            Self::Device { work, .. } => {
+                Space { dram: signed(kv).saturating_add(signed(*work)), kv: 0, slots: 1 }
+            }
+        }
+    }
+
+    /// All that an instance takes.
+    fn whole(&self, need: &Need) -> Space {
+        self.beside(need.kv_bytes).plus(Space { dram: signed(need.pool_bytes), ..Space::default() })
     }
 }
 
@@ -317,7 +372,7 @@ pub fn decide(view: &View<'_>, rules: &Rules, now: Duration) -> Decision {
             continue;
         }
         match planner.place(demand, true) {
-            Outcome::Start => starts.push(Action::Start { model: demand.model }),
+            Outcome::Start(device) => starts.push(Action::Start { model: demand.model, device }),
             Outcome::Promised => {}
             Outcome::Blocked => {
                 planner.wake_for(demand);
@@ -364,18 +419,23 @@ pub fn room(view: &View<'_>, demand: &DemandView, rules: &Rules, now: Duration) 
 
 /// Whether the instances that never make room leave too little of it: then waiting is in vain.
 fn holds_pinned(view: &View<'_>, demand: &DemandView) -> bool {
-    let mut left = view.budgets.space();
+    let mut left: Vec<Space> = view.places.iter().map(Place::space).collect();
     for instance in view.instances.iter().filter(|i| i.pinned && i.state != InstanceState::Stopping) {
         if instance.model != demand.model {
-            left = left.minus(Space {
-                dram: signed(instance.pool_bytes),
-                kv: signed(instance.kv_bytes),
-                slots: 1,
-            });
+            let at = index(instance.device);
+            let need = Need { pool_bytes: instance.pool_bytes, kv_bytes: instance.kv_bytes };
+            left[at] = left[at].minus(view.places[at].whole(&need));
         }
     }
-    let need = Space { dram: signed(demand.need.pool_bytes), kv: signed(demand.need.kv_bytes), slots: 1 };
-    !left.covers(&need)
+    !view.places.iter().zip(left).any(|(place, left)| left.covers(&place.whole(&demand.need)))
+}
+
+fn index(device: DeviceId) -> usize {
+    device.0 as usize
+}
+
+fn device(place: usize) -> DeviceId {
+    DeviceId(u32::try_from(place).unwrap_or(u32::MAX))
 }
 
 // === impl Planner ===
@@ -386,16 +446,17 @@ impl<'a> Planner<'a> {
             view.demands.windows(2).all(|pair| pair[0].model < pair[1].model),
             "demands are in ascending order of model, each once"
         );
-        let mut models: Vec<ModelKey> = Vec::with_capacity(view.instances.len());
+        let mut models: Vec<(ModelKey, usize)> = Vec::with_capacity(view.instances.len());
         let mut groups: Vec<ModelGroup> = Vec::with_capacity(view.instances.len());
         let mut group_of = Vec::with_capacity(view.instances.len());
         let mut shifts = Vec::new();
-        let mut free = view.budgets.space();
-        let mut freeing = Space::default();
+        let mut free: Vec<Space> = view.places.iter().map(Place::space).collect();
+        let mut freeing = vec![Space::default(); free.len()];
         for instance in view.instances {
-            let at = models.iter().position(|m| *m == instance.model).unwrap_or_else(|| {
+            let place = index(instance.device);
+            let at = models.iter().position(|m| *m == (instance.model, place)).unwrap_or_else(|| {
                 let own = view.demands.binary_search_by_key(&instance.model, |d| d.model);
-                models.push(instance.model);
+                models.push((instance.model, place));
                 groups.push(ModelGroup {
                     instances: 0,
                     staying: 0,
@@ -410,10 +471,11 @@ impl<'a> Planner<'a> {
             let group = &mut groups[at];
             group.instances += 1;
             group.dram = group.dram.max(signed(instance.pool_bytes));
-            free = free.minus(Space { dram: 0, kv: signed(instance.kv_bytes), slots: 1 });
+            let beside = view.places[place].beside(instance.kv_bytes);
+            free[place] = free[place].minus(beside);
             match instance.state {
                 InstanceState::Stopping => {
-                    freeing = freeing.plus(Space { dram: 0, kv: signed(instance.kv_bytes), slots: 1 });
+                    freeing[place] = freeing[place].plus(beside);
                     continue;
                 }
                 InstanceState::Starting => {
@@ -434,10 +496,10 @@ impl<'a> Planner<'a> {
         }
         shifts.sort_unstable();
         shifts.dedup();
-        for group in &groups {
-            free.dram = free.dram.saturating_sub(group.dram);
+        for (group, (_, place)) in groups.iter().zip(&models) {
+            free[*place].dram = free[*place].dram.saturating_sub(group.dram);
             if group.staying == 0 {
-                freeing.dram = freeing.dram.saturating_add(group.dram);
+                freeing[*place].dram = freeing[*place].dram.saturating_add(group.dram);
             }
         }
         Self {
@@ -461,84 +523,131 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn group(&self, model: ModelKey) -> Option<&ModelGroup> {
-        self.models.iter().position(|m| *m == model).map(|at| &self.groups[at])
+    /// A model's instances on one place.
+    fn group(&self, model: ModelKey, place: usize) -> Option<&ModelGroup> {
+        self.models.iter().position(|m| *m == (model, place)).map(|at| &self.groups[at])
+    }
+
+    fn together(&self, model: ModelKey) -> Together {
+        let mut all = Together::default();
+        for (group, _) in self.groups.iter().zip(&self.models).filter(|(_, (of, _))| *of == model) {
+            all.instances += group.instances;
+            all.serving |= group.serving;
+            all.seats_coming = all.seats_coming.saturating_add(group.seats_coming);
+        }
+        all
     }
 
     fn wants_instance(&self, demand: &DemandView) -> bool {
-        self.group(demand.model)
-            .is_none_or(|group| group.instances < demand.instances_max && demand.waiting > group.seats_coming)
+        let Together { instances, seats_coming, .. } = self.together(demand.model);
+        instances < demand.instances_max && demand.waiting > seats_coming
+    }
+
+    /// What one more instance would take of a place; `None`: more than it has.
+    fn need(&self, demand: &DemandView, place: usize) -> Option<Space> {
+        let at = &self.view.places[place];
+        let whole = at.whole(&demand.need);
+        if !at.space().covers(&whole) {
+            return None;
+        }
+        // Its weights are mapped already if another of its instances is here to stay.
+        let mapped = self.group(demand.model, place).is_some_and(|g| g.staying > 0);
+        Some(if mapped { at.beside(demand.need.kv_bytes) } else { whole })
+    }
+
+    /// Places that could hold one more instance, those first that are to be chosen first among equals: where its weights
+    /// are, then where the most is free.
+    fn choices(&self, demand: &DemandView) -> Vec<(usize, Space)> {
+        let needs = (0..self.view.places.len()).filter_map(|at| Some((at, self.need(demand, at)?)));
+        let mut choices: Vec<(usize, Space)> = needs.collect();
+        choices.sort_by_key(|(at, _)| (demand.there != Some(device(*at)), Reverse(self.free[*at].dram), *at));
+        choices
     }
 
     fn place(&mut self, demand: &DemandView, busy: bool) -> Outcome {
-        let group = self.group(demand.model);
-        let serving = group.is_some_and(|g| g.serving);
-        let need = Space {
-            // Its weights are mapped already if another of its instances is here to stay.
-            dram: if group.is_some_and(|g| g.staying > 0) { 0 } else { signed(demand.need.pool_bytes) },
-            kv: signed(demand.need.kv_bytes),
-            slots: 1,
-        };
-        if self.free.covers(&need) {
-            self.free = self.free.minus(need);
-            return Outcome::Start;
+        let choices = self.choices(demand);
+        if let Some((at, need)) = choices.iter().copied().find(|(at, need)| self.free[*at].covers(need)) {
+            self.free[at] = self.free[at].minus(need);
+            return Outcome::Start(device(at));
         }
         if !demand.evicts {
             return Outcome::Blocked;
         }
-        if self.free.plus(self.freeing).covers(&need) {
-            self.promise(need);
+        let coming = |at: usize| self.free[at].plus(self.freeing[at]);
+        if let Some((at, need)) = choices.iter().copied().find(|(at, need)| coming(*at).covers(need)) {
+            self.promise(at, need);
             return Outcome::Promised;
         }
-        let deficit = need.minus(self.free.plus(self.freeing));
+        let serving = self.together(demand.model).serving;
         let turn = turn(demand, self.rules);
-        // Busy ones only for a model that nobody serves.
-        if self.claim(demand, turn, deficit, busy && !serving) {
-            self.promise(need);
+        // Busy ones only for a model that nobody serves. The cheapest victims, wherever they are.
+        let sets = choices.iter().filter_map(|&(at, need)| {
+            let (cost, set) = self.victims(demand, turn, at, need.minus(coming(at)), busy && !serving)?;
+            Some((cost, at, need, set))
+        });
+        if let Some((_, at, need, set)) = sets.min_by_key(|(cost, ..)| *cost) {
+            self.claim(demand, at, set);
+            self.promise(at, need);
             return Outcome::Promised;
         }
-        if !serving && drain_turn(turn, demand.priority, self.rules) <= to_turn(self.now) {
+        if !serving
+            && drain_turn(turn, demand.priority, self.rules) <= to_turn(self.now)
+            && let Some((at, need)) = choices.first().copied()
+        {
             // It has waited long enough: nobody behind it takes what it needs.
-            self.promise(need);
+            self.promise(at, need);
         }
         Outcome::Blocked
     }
 
     /// Sets room aside: what is on its way first, so that what is free now can be used now.
-    fn promise(&mut self, need: Space) {
-        let coming = self.freeing.shared(need);
-        self.freeing = self.freeing.minus(coming);
-        self.free = self.free.minus(self.free.shared(need.minus(coming)));
+    fn promise(&mut self, at: usize, need: Space) {
+        let coming = self.freeing[at].shared(need);
+        self.freeing[at] = self.freeing[at].minus(coming);
+        self.free[at] = self.free[at].minus(self.free[at].shared(need.minus(coming)));
     }
 
-    /// Chooses who makes room: idle ones alone if they suffice.
-    fn claim(&mut self, demand: &DemandView, turn: Turn, deficit: Space, busy: bool) -> bool {
+    /// Who would have to make room on a place, and what that costs: idle ones alone if they suffice.
+    fn victims(
+        &self,
+        demand: &DemandView,
+        turn: Turn,
+        place: usize,
+        deficit: Space,
+        busy: bool,
+    ) -> Option<(u64, Vec<(usize, Candidate)>)> {
         let mut candidates = Vec::new();
         let mut members = Vec::new();
         for (at, instance) in self.view.instances.iter().enumerate() {
-            if let Some(cost) = self.cost(at, instance, demand, turn)
+            if index(instance.device) == place
+                && let Some(cost) = self.cost(at, instance, demand, turn)
                 && (busy || cost < COST_BUSY)
             {
-                candidates.push(Candidate { cost, kv: signed(instance.kv_bytes), group: self.group_of[at] });
+                let Space { dram, kv, .. } = self.view.places[place].beside(instance.kv_bytes);
+                candidates.push(Candidate { cost, dram, kv, group: self.group_of[at] });
                 members.push(at);
             }
         }
         if candidates.is_empty() {
-            return false;
+            return None;
         }
         let groups: Vec<Group> =
             self.groups.iter().map(|g| Group { staying: g.staying, dram: g.dram }).collect();
         // A busy victim costs more than all idle ones together, so the cheapest set has no busy one without need.
-        let Some(set) = cover(deficit, &candidates, &groups, NODES_MAX) else { return false };
-        for at in set {
-            let (at, candidate) = (members[at], candidates[at]);
+        let set = cover(deficit, &candidates, &groups, NODES_MAX)?;
+        let cost = set.iter().fold(0_u64, |sum, at| sum.saturating_add(candidates[*at].cost));
+        Some((cost, set.into_iter().map(|at| (members[at], candidates[at])).collect()))
+    }
+
+    fn claim(&mut self, demand: &DemandView, place: usize, set: Vec<(usize, Candidate)>) {
+        for (at, Candidate { dram, kv, group, .. }) in set {
             self.claimed[at] = Some(demand.model);
-            let group = &mut self.groups[candidate.group];
+            let group = &mut self.groups[group];
             group.staying -= 1;
-            let dram = if group.staying == 0 { group.dram } else { 0 };
-            self.freeing = self.freeing.plus(Space { dram, kv: candidate.kv, slots: 1 });
+            let weights = if group.staying == 0 { group.dram } else { 0 };
+            let freed = Space { dram: dram.saturating_add(weights), kv, slots: 1 };
+            self.freeing[place] = self.freeing[place].plus(freed);
         }
-        true
     }
 
     /// What it costs that this instance makes room for the demand now; `None`: it need not.
@@ -688,6 +797,7 @@ mod tests {
         InstanceView {
             id: InstanceId(id),
             model: ModelKey(model),
+            device: DeviceId(0),
             state: InstanceState::Ready,
             pool_bytes: ByteSize(10),
             kv_bytes: ByteSize(1),
@@ -712,6 +822,7 @@ mod tests {
             oldest_since: at(since),
             priority: 0,
             need: Need { pool_bytes: ByteSize(10), kv_bytes: ByteSize(1) },
+            there: None,
             instances_max: 1,
             evicts: true,
         }
@@ -719,7 +830,7 @@ mod tests {
 
     fn decided(dram: u64, instances: &[InstanceView], demands: &[DemandView], now: f64) -> Decision {
         let budgets = Budgets { dram: ByteSize(dram), kv: ByteSize(100), slots: 8 };
-        decide(&View { budgets, instances, demands }, &Rules::default(), at(now))
+        decide(&View { places: &[Place::Pool(budgets)], instances, demands }, &Rules::default(), at(now))
     }
 
     fn stop_for(id: u64, model: u32) -> Action {
@@ -731,7 +842,7 @@ mod tests {
         let mut urgent = demand(2, 9.0);
         urgent.priority = 1;
         let decision = decided(20, &[], &[demand(0, 1.0), demand(1, 0.5), urgent], 10.0);
-        let start = |model| Action::Start { model: ModelKey(model) };
+        let start = |model| Action::Start { model: ModelKey(model), device: DeviceId(0) };
         assert_eq!(decision.actions, [start(2), start(1)]);
     }
 
@@ -814,7 +925,11 @@ mod tests {
         assert_eq!(decided(10, &[instance(1, 0)], &[preload], 100.0), Decision::default());
         assert_eq!(decided(20, &[instance(1, 0)], &[preload], 100.0).actions.len(), 1);
         let decision = decided(10, &[], &[preload, demand(2, 90.0)], 100.0);
-        assert_eq!(decision.actions, [Action::Start { model: ModelKey(2) }], "after everybody else");
+        assert_eq!(
+            decision.actions,
+            [Action::Start { model: ModelKey(2), device: DeviceId(0) }],
+            "after everybody else"
+        );
     }
 
     #[test]
@@ -838,7 +953,10 @@ mod tests {
         full.in_flight = 4;
         let mut more = demand(0, 0.0);
         more.instances_max = 2;
-        assert_eq!(decided(10, &[full], &[more], 1.0).actions, [Action::Start { model: ModelKey(0) }]);
+        assert_eq!(
+            decided(10, &[full], &[more], 1.0).actions,
+            [Action::Start { model: ModelKey(0), device: DeviceId(0) }]
+        );
         let mut other = instance(2, 1);
         (other.in_flight, other.kv_bytes) = (1, ByteSize(99));
         assert_eq!(decided(20, &[full, other], &[more], 100.0).actions, []);
@@ -851,7 +969,7 @@ mod tests {
         let budgets = Budgets { dram: ByteSize(10), kv: ByteSize(100), slots: 8 };
         let room = |instance: InstanceView, now| {
             room(
-                &View { budgets, instances: &[instance], demands: &[] },
+                &View { places: &[Place::Pool(budgets)], instances: &[instance], demands: &[] },
                 &demand(1, 1.0),
                 &Rules::default(),
                 now,
@@ -865,6 +983,76 @@ mod tests {
         assert_eq!(room(it, at(3.0)), Room::Busy(at(16.0)));
         it.pinned = true;
         assert_eq!(room(it, at(3.0)), Room::Pinned);
+    }
+
+    const GPU: Place = Place::Device { memory: ByteSize(20), work: ByteSize(2), slots: 8 };
+
+    fn on(id: u64, model: u32, device: u32) -> InstanceView {
+        InstanceView { device: DeviceId(device), ..instance(id, model) }
+    }
+
+    fn on_devices(
+        places: &[Place],
+        instances: &[InstanceView],
+        demands: &[DemandView],
+        now: f64,
+    ) -> Vec<Action> {
+        decide(&View { places, instances, demands }, &Rules::default(), at(now)).actions
+    }
+
+    fn start_on(model: u32, device: u32) -> Action {
+        Action::Start { model: ModelKey(model), device: DeviceId(device) }
+    }
+
+    #[test]
+    fn weights_caches_and_work_are_taken_of_one_devices_memory() {
+        // Ten, one and two of twenty.
+        assert_eq!(on_devices(&[GPU], &[], &[demand(0, 0.0), demand(1, 0.0)], 1.0), [start_on(0, 0)]);
+        let mut small = demand(1, 0.0);
+        small.need = Need { pool_bytes: ByteSize(4), kv_bytes: ByteSize(1) };
+        assert_eq!(on_devices(&[GPU], &[on(1, 0, 0)], &[small], 1.0), [start_on(1, 0)], "exactly");
+        small.need.kv_bytes = ByteSize(2);
+        assert_eq!(on_devices(&[GPU], &[on(1, 0, 0)], &[small], 1.0), []);
+        // A second instance shares the weights: three more.
+        let mut more = demand(0, 0.0);
+        (more.instances_max, more.waiting) = (2, 9);
+        assert_eq!(on_devices(&[GPU], &[on(1, 0, 0)], &[more], 1.0), [start_on(0, 0)]);
+        assert_eq!(on_devices(&[GPU], &[on(1, 0, 0)], &[demand(1, 0.0)], 50.0), [stop_for(1, 1)]);
+    }
+
+    #[test]
+    fn a_model_goes_where_its_weights_are_else_where_the_most_is_free() {
+        let mut it = demand(5, 0.0);
+        it.need.pool_bytes = ByteSize(3);
+        let places = [GPU; 3];
+        assert_eq!(on_devices(&places, &[on(1, 0, 0), on(2, 1, 1)], &[it], 1.0), [start_on(5, 2)]);
+        it.there = Some(DeviceId(1));
+        assert_eq!(on_devices(&places, &[on(1, 0, 0), on(2, 1, 1)], &[it], 1.0), [start_on(5, 1)]);
+        it.need.pool_bytes = ByteSize(9);
+        assert_eq!(
+            on_devices(&places, &[on(1, 0, 0), on(2, 1, 1)], &[it], 1.0),
+            [start_on(5, 2)],
+            "no room there"
+        );
+        // Only the larger one can hold it at all.
+        let large = Place::Device { memory: ByteSize(40), work: ByteSize(2), slots: 8 };
+        it.need.pool_bytes = ByteSize(30);
+        assert_eq!(on_devices(&[GPU, large], &[], &[it], 1.0), [start_on(5, 1)]);
+    }
+
+    #[test]
+    fn the_cheapest_victims_of_any_device_go() {
+        let mut instances = [on(1, 0, 0), on(2, 1, 1), on(3, 2, 2)];
+        instances[0].load_time = 5 * SECOND;
+        instances[2].uses = 9.0;
+        assert_eq!(on_devices(&[GPU; 3], &instances, &[demand(9, 50.0)], 50.0), [stop_for(2, 9)]);
+        // Two that wait don't take the same room.
+        assert_eq!(on_devices(&[GPU; 3], &instances, &[demand(8, 49.0), demand(9, 50.0)], 50.0).len(), 2);
+        let all: Vec<_> = instances.iter().map(|i| InstanceView { pinned: true, ..*i }).collect();
+        let view = View { places: &[GPU; 3], instances: &all, demands: &[] };
+        assert_eq!(room(&view, &demand(9, 50.0), &Rules::default(), at(50.0)), Room::Pinned);
+        let view = View { instances: &all[..2], ..view };
+        assert_eq!(room(&view, &demand(9, 50.0), &Rules::default(), at(50.0)), Room::Now);
     }
 
     #[test]

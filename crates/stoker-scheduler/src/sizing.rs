@@ -2,14 +2,14 @@
 
 use stoker_types::{ByteSize, ModelFacts};
 
-use crate::residency::Budgets;
+use crate::residency::{Budgets, Place};
 
 /// Judgements about KV cache. See [`size`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SizingRules {
     /// Sequences of full context that an instance has room for, unless its concurrency is lower.
     pub sequences_full: u32,
-    /// A model whose context nobody set takes at most one part in so many of the KV budget, so that a single model
+    /// A model whose context nobody set takes at most one part in so many of the KV budget, or of a device's memory, so that a single model
     /// trained for 128 Ki tokens doesn't keep every other one out.
     pub share: u32,
     /// Yet it isn't cut below this context for the sake of others, in tokens.
@@ -27,8 +27,21 @@ pub struct Sizing {
     pub sequences: u32,
     /// KV cache of all of them together.
     pub kv_bytes: ByteSize,
-    /// Whole chunks of weights.
+    /// Weights: whole chunks of the pool, or a slab of a device.
     pub pool_bytes: ByteSize,
+    /// Work memory on a device.
+    pub work_bytes: ByteSize,
+}
+
+/// What there is for one instance's KV cache, and beside it.
+struct Room {
+    weights: ByteSize,
+    work: ByteSize,
+    kv: ByteSize,
+    /// What the instance shares with others: the KV budget, or all of a device.
+    shared: ByteSize,
+    /// The device's memory; `None`: KV caches have a budget of their own.
+    device: Option<ByteSize>,
 }
 
 /// The model would not fit into empty memory.
@@ -56,22 +69,13 @@ impl Default for SizingRules {
 
 // === impl Sizing ===
 
-/// Sizes an instance of a model for this memory: the context is min(the model's, what fits with two sequences) and
-/// never above the trained length. A context that the operator set is kept, with one sequence if need be.
+/// Sizes an instance of a model for the largest of these places: the context is min(the model's, what fits with two
+/// sequences) and never above the trained length. A context that the operator set is kept, with one sequence if need be.
 ///
 /// # Errors
 /// [`TooLarge`] when the weights or the least useful KV cache exceed the whole budget.
-pub fn size(facts: &ModelFacts, budgets: &Budgets, rules: &SizingRules) -> Result<Sizing, TooLarge> {
-    if facts.pool_bytes > budgets.dram {
-        return Err(TooLarge {
-            needed: facts.pool_bytes,
-            budget: budgets.dram,
-            detail: format!(
-                "weights {} take {} of DRAM in whole chunks; a DRAM budget of {} would hold it",
-                facts.weight_bytes, facts.pool_bytes, facts.pool_bytes
-            ),
-        });
-    }
+pub fn size(facts: &ModelFacts, places: &[Place], rules: &SizingRules) -> Result<Sizing, TooLarge> {
+    let room = Room::of(facts, places)?;
     let sequences = facts.settings.concurrency.max(1);
     let full = u64::from(rules.sequences_full.clamp(1, sequences));
     let per_token = facts.kv_bytes_per_token.bytes().max(1);
@@ -80,13 +84,13 @@ pub fn size(facts: &ModelFacts, budgets: &Budgets, rules: &SizingRules) -> Resul
     let fits = |sequences: u64, budget: u64| {
         u32::try_from(budget / per_token / sequences).unwrap_or(u32::MAX).min(wanted)
     };
-    let budget = budgets.kv.bytes();
+    let budget = room.kv.bytes();
     let (mut context, mut held) = (fits(full, budget), full);
     if facts.settings.context.is_some() && context < wanted && fits(1, budget) == wanted {
         // At least one whole sequence, and what is left of the budget for others.
         (context, held) = (wanted, 1);
     } else if facts.settings.context.is_none() && full > 0 {
-        let shared = fits(full, budget / u64::from(rules.share.max(1)));
+        let shared = fits(full, room.shared.bytes() / u64::from(rules.share.max(1)));
         context = context.min(shared.max(rules.context_kept));
     }
     if context < wanted && context > CONTEXT_STEP {
@@ -95,19 +99,90 @@ pub fn size(facts: &ModelFacts, budgets: &Budgets, rules: &SizingRules) -> Resul
     let explicit_unmet = facts.settings.context.is_some() && context < wanted;
     if context < rules.context_min.min(wanted) || explicit_unmet {
         let least = if explicit_unmet { wanted } else { rules.context_min.min(wanted) };
-        let would = if context >= rules.context_min.min(wanted) {
-            format!("would fit with `context = {context}`")
-        } else {
-            format!("a KV budget of {} would hold {least} tokens", ByteSize(kv(per_token, least, 1)))
-        };
-        return Err(TooLarge {
-            needed: ByteSize(kv(per_token, least, 1)),
-            budget: budgets.kv,
-            detail: format!("KV cache at {least} tokens, {} each; {would}", facts.kv_bytes_per_token),
-        });
+        let fits = (context >= rules.context_min.min(wanted)).then_some(context);
+        return Err(room.too_small(facts, least, ByteSize(kv(per_token, least, 1)), fits));
     }
     let kv_bytes = kv(facts.kv_bytes_per_token.bytes(), context, held).min(budget);
-    Ok(Sizing { context, sequences, kv_bytes: ByteSize(kv_bytes), pool_bytes: facts.pool_bytes })
+    let Room { weights: pool_bytes, work: work_bytes, .. } = room;
+    Ok(Sizing { context, sequences, kv_bytes: ByteSize(kv_bytes), pool_bytes, work_bytes })
+}
+
+// === impl Room ===
+
+impl Room {
+    fn of(facts: &ModelFacts, places: &[Place]) -> Result<Self, TooLarge> {
+        let most = |place: &&Place| match place {
+            Place::Pool(Budgets { dram, .. }) => *dram,
+            Place::Device { memory, .. } => *memory,
+        };
+        match places.iter().max_by_key(most) {
+            None => Err(TooLarge {
+                needed: facts.weight_bytes,
+                budget: ByteSize::ZERO,
+                detail: "there is nothing to compute on".into(),
+            }),
+            Some(Place::Pool(Budgets { dram, kv, .. })) => {
+                if facts.pool_bytes > *dram {
+                    return Err(TooLarge {
+                        needed: facts.pool_bytes,
+                        budget: *dram,
+                        detail: format!(
+                            "weights {} take {} of DRAM in whole chunks; a DRAM budget of {} would hold it",
+                            facts.weight_bytes, facts.pool_bytes, facts.pool_bytes
+                        ),
+                    });
+                }
+                let (weights, work) = (facts.pool_bytes, ByteSize::ZERO);
+                Ok(Self { weights, work, kv: *kv, shared: *kv, device: None })
+            }
+            Some(Place::Device { memory, work, .. }) => {
+                let (weights, work) = (facts.device_bytes, *work);
+                let taken = ByteSize(weights.bytes().saturating_add(work.bytes()));
+                if taken > *memory {
+                    return Err(TooLarge {
+                        needed: taken,
+                        budget: *memory,
+                        detail: format!("weights {weights} + work {work}, without any KV cache"),
+                    });
+                }
+                let kv = memory.saturating_sub(taken);
+                Ok(Self { weights, work, kv, shared: *memory, device: Some(*memory) })
+            }
+        }
+    }
+
+    /// The least KV cache of use, for `tokens`, is more than there is. `fits`: a context that would do.
+    fn too_small(&self, facts: &ModelFacts, tokens: u32, least: ByteSize, fits: Option<u32>) -> TooLarge {
+        let Self { weights, work, kv, device, .. } = self;
+        let each = facts.kv_bytes_per_token;
+        match device {
+            None => TooLarge {
+                needed: least,
+                budget: *kv,
+                detail: match fits {
+                    Some(fits) => {
+                        format!("KV cache at {tokens} tokens, {each} each; would fit with `context = {fits}`")
+                    }
+                    None => format!(
+                        "KV cache at {tokens} tokens, {each} each; a KV budget of {least} would hold {tokens} tokens"
+                    ),
+                },
+            },
+            Some(memory) => {
+                let would =
+                    fits.map(|fits| format!("; would fit with `context = {fits}`")).unwrap_or_default();
+                TooLarge {
+                    needed: ByteSize(
+                        weights.bytes().saturating_add(work.bytes()).saturating_add(least.bytes()),
+                    ),
+                    budget: *memory,
+                    detail: format!(
+                        "weights {weights} + KV {least} at {tokens} tokens, {each} each + work {work}{would}"
+                    ),
+                }
+            }
+        }
+    }
 }
 
 const fn kv(per_token: u64, context: u32, sequences: u64) -> u64 {
@@ -127,14 +202,42 @@ mod tests {
             settings: ModelSettings { context, ..ModelSettings::default() },
             weight_bytes: ByteSize::mib(90),
             pool_bytes: ByteSize::mib(96),
+            device_bytes: ByteSize::mib(92),
             kv_bytes_per_token: ByteSize(per_token),
             context_trained: trained,
             weights_on: stoker_types::Tier::Ssd,
         }
     }
 
-    fn budgets(kv: ByteSize) -> Budgets {
-        Budgets { dram: ByteSize::mib(128), kv, slots: 4 }
+    fn budgets(kv: ByteSize) -> [Place; 1] {
+        [Place::Pool(Budgets { dram: ByteSize::mib(128), kv, slots: 4 })]
+    }
+
+    fn device(memory: ByteSize) -> Place {
+        Place::Device { memory, work: ByteSize::mib(4), slots: 2 }
+    }
+
+    #[test]
+    fn on_a_device_everything_is_of_one_memory_and_the_largest_counts() {
+        let rules = SizingRules::default();
+        let facts = |context| facts(1024, 131_072, context);
+        // A quarter of the device at most for what nobody asked for.
+        let places = [device(ByteSize::mib(64)), device(ByteSize::mib(256))];
+        let sizing = size(&facts(None), &places, &rules).unwrap();
+        assert_eq!((sizing.context, sizing.kv_bytes), (32_768, ByteSize::mib(64)));
+        assert_eq!((sizing.pool_bytes, sizing.work_bytes), (ByteSize::mib(92), ByteSize::mib(4)));
+        let sizing = size(&facts(Some(65_536)), &[device(ByteSize::mib(224))], &rules).unwrap();
+        assert_eq!(sizing.kv_bytes, ByteSize::mib(128), "exactly");
+        let error = size(&facts(Some(131_072)), &[device(ByteSize::mib(160))], &rules).unwrap_err();
+        assert_eq!((error.needed, error.budget), (ByteSize::mib(224), ByteSize::mib(160)));
+        assert!(
+            error.detail.contains("weights 92.0 MiB + KV 128.0 MiB at 131072 tokens")
+                && error.detail.contains("would fit with `context = 32768`"),
+            "{error}"
+        );
+        let error = size(&facts(None), &[device(ByteSize::mib(95))], &rules).unwrap_err();
+        assert_eq!((error.needed, error.budget), (ByteSize::mib(96), ByteSize::mib(95)));
+        assert!(size(&facts(None), &[], &rules).is_err());
     }
 
     #[test]
@@ -189,7 +292,7 @@ mod tests {
         ) {
             let budgets = budgets(ByteSize(kv));
             if let Ok(sizing) = size(&facts(per_token, trained, context), &budgets, &SizingRules::default()) {
-                prop_assert!(sizing.kv_bytes <= budgets.kv);
+                prop_assert!(sizing.kv_bytes.bytes() <= kv);
                 prop_assert!(sizing.context <= trained.max(1));
                 prop_assert!(u128::from(sizing.context) * u128::from(per_token) <= u128::from(sizing.kv_bytes.bytes()));
             }

@@ -10,9 +10,10 @@ use std::{
 
 use proptest::prelude::*;
 use stoker_scheduler::residency::{
-    Action, Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Rules, StopReason, View, decide,
+    Action, Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Place, Rules, StopReason, View,
+    decide,
 };
-use stoker_types::{ByteSize, InstanceId, KeepAlive};
+use stoker_types::{ByteSize, DeviceId, InstanceId, KeepAlive};
 
 #[derive(Debug, Clone)]
 struct Model {
@@ -35,7 +36,7 @@ enum Event {
 }
 
 struct Sim {
-    budgets: Budgets,
+    places: Vec<Place>,
     rules: Rules,
     models: Vec<Model>,
     instances: BTreeMap<u64, InstanceView>,
@@ -51,8 +52,12 @@ struct Sim {
 
 impl Sim {
     fn new(budgets: Budgets, models: Vec<Model>) -> Self {
+        Self::on(vec![Place::Pool(budgets)], models)
+    }
+
+    fn on(places: Vec<Place>, models: Vec<Model>) -> Self {
         Self {
-            budgets,
+            places,
             rules: Rules::default(),
             queues: vec![VecDeque::new(); models.len()],
             models,
@@ -148,11 +153,12 @@ impl Sim {
                     oldest_since: queue[0].0,
                     priority: self.models[model].priority,
                     need: self.models[model].need,
+                    there: None,
                     instances_max: self.models[model].instances_max,
                     evicts: true,
                 })
                 .collect();
-            let view = View { budgets: self.budgets, instances: &instances, demands: &demands };
+            let view = View { places: &self.places, instances: &instances, demands: &demands };
             let decision = decide(&view, &self.rules, self.now);
             assert_eq!(decision, decide(&view, &self.rules, self.now), "the same question, another answer");
             for action in &decision.actions {
@@ -172,7 +178,7 @@ impl Sim {
 
     fn carry_out(&mut self, action: Action) {
         match action {
-            Action::Start { model } => {
+            Action::Start { model, device } => {
                 let spec = self.models[model.0 as usize].clone();
                 self.numbers += 1;
                 let id = self.numbers;
@@ -183,6 +189,7 @@ impl Sim {
                     InstanceView {
                         id: InstanceId(id),
                         model,
+                        device,
                         state: InstanceState::Starting,
                         pool_bytes: spec.need.pool_bytes,
                         kv_bytes: spec.need.kv_bytes,
@@ -233,14 +240,28 @@ impl Sim {
     }
 
     fn check(&self) {
-        let mut weights: BTreeMap<ModelKey, ByteSize> = BTreeMap::new();
-        for instance in self.instances.values() {
-            weights.insert(instance.model, instance.pool_bytes);
+        for (at, place) in self.places.iter().enumerate() {
+            let here = || self.instances.values().filter(|i| i.device.0 as usize == at);
+            let weights: BTreeMap<ModelKey, ByteSize> = here().map(|i| (i.model, i.pool_bytes)).collect();
+            let weights: ByteSize = weights.values().copied().sum();
+            let kv: ByteSize = here().map(|i| i.kv_bytes).sum();
+            let count = u32::try_from(here().count()).unwrap();
+            match *place {
+                Place::Pool(Budgets { dram, kv: budget, slots }) => {
+                    assert!(weights <= dram, "DRAM overcommitted");
+                    assert!(kv <= budget, "KV overcommitted");
+                    assert!(count <= slots, "more instances than workers");
+                }
+                Place::Device { memory, work, slots } => {
+                    let taken = weights + kv + ByteSize(work.bytes() * u64::from(count));
+                    assert!(taken <= memory, "device {at} overcommitted");
+                    assert!(count <= slots, "more instances than workers");
+                }
+            }
         }
-        assert!(weights.values().copied().sum::<ByteSize>() <= self.budgets.dram, "DRAM overcommitted");
-        let kv = self.instances.values().map(|i| i.kv_bytes).sum::<ByteSize>();
-        assert!(kv <= self.budgets.kv, "KV overcommitted");
-        assert!(self.instances.len() <= self.budgets.slots as usize, "more instances than workers");
+        assert!(
+            self.instances.values().all(|i| i.device < DeviceId(u32::try_from(self.places.len()).unwrap()))
+        );
     }
 }
 
@@ -311,7 +332,7 @@ proptest! {
         mut models in prop::collection::vec(any_model(), 2..7),
         pin_first in any::<bool>(),
         arrivals in prop::collection::vec((0usize..7, 0u64..120_000, 1u64..5000), 1..250),
-        slots in 2u32..6,
+        slots in 2u32..6, devices in prop::collection::vec(22u64..40, 0..4),
     ) {
         let count = models.len();
         if pin_first {
@@ -321,8 +342,11 @@ proptest! {
             models[0].instances_max = 1;
         }
         let budgets = Budgets { dram: ByteSize(12), kv: ByteSize(8), slots };
+        let device = |memory: &u64| Place::Device { memory: ByteSize(*memory), work: ByteSize(1), slots };
+        let places: Vec<Place> =
+            if devices.is_empty() { vec![Place::Pool(budgets)] } else { devices.iter().map(device).collect() };
         let run = |models: Vec<Model>| {
-            let mut sim = Sim::new(budgets, models);
+            let mut sim = Sim::on(places.clone(), models);
             for (model, at_ms, service_ms) in &arrivals {
                 let service = Duration::from_millis(*service_ms);
                 sim.at(Duration::from_millis(*at_ms), Event::Arrive { model: model % count, service });

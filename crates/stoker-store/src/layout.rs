@@ -161,6 +161,14 @@ impl Layout {
         (at, ByteSize((at + tail.bytes()).next_multiple_of(DEVICE_PAGE)))
     }
 
+    /// What [`Self::with_tail`] comes to at most for so many tensors in files of `weights` bytes.
+    #[must_use]
+    pub fn at_most(weights: ByteSize, tensors: u64, tail: ByteSize) -> ByteSize {
+        let aligned = weights.bytes().saturating_add(tensors.saturating_mul(ALIGN));
+        let up = |bytes: u64, to: u64| bytes.checked_next_multiple_of(to).unwrap_or(u64::MAX);
+        ByteSize(up(up(aligned, TAIL_ALIGN).saturating_add(tail.bytes()), DEVICE_PAGE))
+    }
+
     /// First byte of each tensor, in the order in which they were given.
     #[must_use]
     pub fn tensors(&self) -> &[u64] {
@@ -235,6 +243,12 @@ mod tests {
         assert_eq!(layout.with_tail(ByteSize(64 << 10)), (64 << 10, ByteSize::mib(2)));
         let layout = Layout::new([range(0, 0, (2 << 20) - (64 << 10) + 1)]);
         assert_eq!(layout.with_tail(ByteSize(64 << 10)), (2 << 20, ByteSize::mib(4)));
+        assert_eq!(Layout::at_most(ByteSize(1 << 20), 10, ByteSize(64 << 10)), ByteSize::mib(2));
+        // Crooked neighbours begin a piece each.
+        let crooked = Layout::new((0..8191).map(|i| range(0, i * 513, 513)));
+        let most = Layout::at_most(ByteSize(8191 * 513), 8191, ByteSize(64 << 10));
+        assert!(crooked.bytes() > ByteSize(8191 * 513) && crooked.with_tail(ByteSize(64 << 10)).1 <= most);
+        assert_eq!(Layout::at_most(ByteSize(u64::MAX), 10, ByteSize(64 << 10)), ByteSize(u64::MAX));
     }
 
     #[test]

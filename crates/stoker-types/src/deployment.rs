@@ -57,6 +57,8 @@ pub struct ModelFacts {
     pub weight_bytes: ByteSize,
     /// Bytes that its chunks take in the pool: whole chunks, so at least `weight_bytes`.
     pub pool_bytes: ByteSize,
+    /// Bytes that they take on a device.
+    pub device_bytes: ByteSize,
     /// Bytes of KV cache for one token of one sequence.
     pub kv_bytes_per_token: ByteSize,
     /// The context that it was trained for, in tokens.

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand};
 use stoker_types::{ByteSize, ModelName};
 
-use crate::config::{Overrides, ReaderSetting};
+use crate::config::{Devices, Overrides, ReaderSetting};
 
 /// Serve many large language models from little memory.
 #[derive(Debug, Parser)]
@@ -124,6 +124,15 @@ pub(crate) struct ServeArgs {
     /// Memory for KV caches [default: 20 % of what is available; env: STOKER_KV]
     #[arg(long, value_name = "SIZE")]
     pub(crate) kv: Option<ByteSize>,
+    /// What models are served from: auto, cpu, or GPUs such as cuda:0,cuda:1 [default: auto; env: STOKER_DEVICES]
+    #[arg(long, value_name = "DEVICES")]
+    pub(crate) devices: Option<Devices>,
+    /// Most that models may take of each GPU [default: what is free, less 3 % and at least 512 MiB; env: STOKER_GPU_MEMORY]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) gpu_memory: Option<ByteSize>,
+    /// Worker processes that are kept for each GPU [default: 2]
+    #[arg(long, value_name = "N")]
+    pub(crate) workers_per_gpu: Option<u32>,
     /// Threads of each worker [default: physical cores]
     #[arg(long)]
     pub(crate) threads: Option<u32>,
@@ -514,6 +523,9 @@ pub(crate) struct WorkerArgs {
     /// Threads to compute with
     #[arg(long)]
     pub(crate) threads: u32,
+    /// What it computes with
+    #[arg(long, default_value_t)]
+    pub(crate) device: stoker_worker::WorkerDevice,
     /// An engine that costs nothing, for measuring everything else
     #[arg(long)]
     pub(crate) standin: bool,
@@ -536,8 +548,32 @@ impl Cli {
             Command::Run(args) => &args.serve,
             _ => return common,
         };
-        let ServeArgs { listen, dram, kv, threads, workers, api_key, insecure, standin: _ } = serve.clone();
-        Overrides { listen, dram, kv, threads, workers, api_key, insecure, ..common }
+        let ServeArgs {
+            listen,
+            dram,
+            kv,
+            devices,
+            gpu_memory,
+            workers_per_gpu,
+            threads,
+            workers,
+            api_key,
+            insecure,
+            standin: _,
+        } = serve.clone();
+        Overrides {
+            listen,
+            dram,
+            kv,
+            devices,
+            gpu_memory,
+            workers_per_gpu,
+            threads,
+            workers,
+            api_key,
+            insecure,
+            ..common
+        }
     }
 }
 

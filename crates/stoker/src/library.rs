@@ -376,11 +376,18 @@ impl Known {
             settings: self.settings.clone(),
             weight_bytes: ByteSize(summary.weight_bytes()),
             pool_bytes: ByteSize(summary.pool_bytes(CHUNK_BYTES)),
+            device_bytes: device_bytes(summary.weight_bytes(), config.layers),
             kv_bytes_per_token: ByteSize(config.kv_bytes_per_token()),
             context_trained: config.context_trained,
             weights_on: if self.home == Home::Remote { Tier::Remote } else { Tier::Ssd },
         })
     }
+}
+
+/// Bytes of device memory that weights take at most. A layer has a dozen tensors or so.
+fn device_bytes(weight_bytes: u64, layers: u32) -> ByteSize {
+    let tensors = 16 * (u64::from(layers) + 4);
+    stoker_node::device_bytes_at_most(ByteSize(weight_bytes), tensors)
 }
 
 // === impl the roles' traits ===

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use stoker_scheduler::{
     estimate::Seconds,
-    residency::{Action, DemandView, InstanceState, ModelKey, StopReason, decide},
+    residency::{Action, DemandView, InstanceState, ModelKey, Place, StopReason, decide},
 };
 use stoker_types::{
     DeviceId, Generation, InstanceId, Phase, Refusal, StartFailure, StartOrder, Started, StopFailure,
@@ -56,7 +56,7 @@ impl State {
 
     fn carry_out(&mut self, action: Action, now: Duration) {
         match action {
-            Action::Start { model } => self.start(model, now),
+            Action::Start { model, device } => self.start(model, device, now),
             Action::Drain { instance, for_model } => {
                 let terms = format!("`{}` has waited long enough", self.model(for_model).facts.model);
                 self.set_state(instance, InstanceState::Draining, Event::Drain, terms, now);
@@ -85,20 +85,24 @@ impl State {
         self.record(id, key, event, terms, now);
     }
 
-    fn start(&mut self, key: ModelKey, now: Duration) {
+    fn start(&mut self, key: ModelKey, device: DeviceId, now: Duration) {
         let Ok(sizing) = self.model(key).sizing.clone() else { return };
         let id = InstanceId(self.instance_next);
         self.instance_next += 1;
         let generation = Generation(self.generation_next);
         self.generation_next += 1;
         let prompt_tokens = self.model(key).queue.front().map_or(0, |waiter| waiter.prompt_tokens);
-        let estimate = self.estimate(key, prompt_tokens, Duration::ZERO, now);
-        self.record(id, key, Event::Start, estimate.to_string(), now);
+        let estimate = self.estimate(key, device, prompt_tokens, Duration::ZERO, now);
+        let terms = match self.config.devices.is_empty() {
+            true => estimate.to_string(),
+            false => format!("on {}: {estimate}", self.device_name(device)),
+        };
+        self.record(id, key, Event::Start, terms, now);
         self.orders.push(Order::Start(StartOrder {
             instance: id,
             generation,
             model: self.model(key).facts.model.clone(),
-            device: DeviceId(0),
+            device,
             context: sizing.context,
             sequences_max: sizing.sequences,
             kv_bytes: sizing.kv_bytes,
@@ -108,6 +112,7 @@ impl State {
             id,
             Instance {
                 model: key,
+                device,
                 state: InstanceState::Starting,
                 sizing,
                 generation,
@@ -163,6 +168,7 @@ impl State {
             }
             (Err(failure), _) => return self.start_failed(id, failure, now),
         };
+        let device = instance.device;
         instance.state = InstanceState::Ready;
         instance.socket = started.socket;
         instance.worker = Some(started.worker);
@@ -178,7 +184,8 @@ impl State {
         instance.timeline = timeline.clone();
         let (took, predicted) = (instance.load_time, instance.estimate.load());
         telemetry::started(took, predicted);
-        self.learn(key, &timeline, now);
+        let mapped = matches!(self.places[device.0 as usize], Place::Pool(_));
+        self.learn(key, &timeline, mapped, now);
         let model = self.model_mut(key);
         model.retried = false;
         model.failed = None;
@@ -189,11 +196,15 @@ impl State {
         self.changed();
     }
 
-    fn learn(&mut self, key: ModelKey, timeline: &Timeline, now: Duration) {
+    /// `mapped`: weights were mapped where they are. How fast they are copied, the store measures.
+    fn learn(&mut self, key: ModelKey, timeline: &Timeline, mapped: bool, now: Duration) {
         let name = self.models[key.0 as usize].facts.model.clone();
         for (tier, phase) in
             [(Tier::Remote, Phase::RemoteRead), (Tier::Ssd, Phase::SsdRead), (Tier::Dram, Phase::DeviceCopy)]
         {
+            if tier == Tier::Dram && !mapped {
+                continue;
+            }
             let Some(time) = timeline.actual(phase) else { continue };
             let bytes = match tier {
                 // All of the weights are mapped, wherever they came from.

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use stoker_scheduler::{
-    estimate::{Ahead, LoadNeed, Seconds, StartEstimate},
-    residency::{DemandView, InstanceState, ModelKey, Need, Room, room},
+    estimate::{Ahead, Hop, LoadNeed, Seconds, StartEstimate},
+    residency::{DemandView, InstanceState, ModelKey, Need, Place, Room, room},
 };
-use stoker_types::{ByteSize, Refusal, StartFailure, Tier};
+use stoker_types::{ByteSize, DeviceId, Refusal, StartFailure, Tier};
+
+use stoker_scheduler::sizing::Sizing;
 
 use super::{State, queue::seats_in_words};
 
@@ -57,8 +59,10 @@ impl State {
             Room::Busy(at) => (at.saturating_sub(now), Duration::ZERO),
             Room::Pinned => return Err(self.pinned_out(key).into()),
         };
-        let estimate = self.estimate(key, prompt_tokens, wait, now);
-        let at_least = self.estimate(key, prompt_tokens, wait_at_least, now).ready_at_least();
+        // Devices of one server are alike, as far as can be said before the decision.
+        let device = self.there(key).unwrap_or_default();
+        let estimate = self.estimate(key, device, prompt_tokens, wait, now);
+        let at_least = self.estimate(key, device, prompt_tokens, wait_at_least, now).ready_at_least();
         let terms = match from {
             Room::Busy(_) => format!("{estimate}; room is held by {}", self.holders(now)),
             _ => estimate.to_string(),
@@ -70,13 +74,23 @@ impl State {
     pub(crate) fn estimate(
         &self,
         key: ModelKey,
+        device: DeviceId,
         prompt_tokens: u32,
         room: Duration,
         now: Duration,
     ) -> StartEstimate {
         let facts = &self.model(key).facts;
         let resident = self.residency.get(&facts.model).copied().unwrap_or_default();
-        let missing = facts.weight_bytes.saturating_sub(resident);
+        let on = self.devices.get(device.0 as usize);
+        let there = on.is_some_and(|device| device.resident.contains(&facts.model));
+        let missing = if there { ByteSize::ZERO } else { facts.weight_bytes.saturating_sub(resident) };
+        let hop = match self.places[device.0 as usize] {
+            Place::Pool(_) => Hop::Map,
+            Place::Device { .. } => Hop::Copy {
+                bytes: if there { ByteSize::ZERO } else { facts.weight_bytes },
+                rate: on.and_then(|device| device.rate),
+            },
+        };
         let (remote_bytes, ssd_bytes) = match facts.weights_on {
             Tier::Remote => (missing, ByteSize::ZERO),
             _ => (ByteSize::ZERO, missing),
@@ -86,6 +100,7 @@ impl State {
             weight_bytes: facts.weight_bytes,
             remote_bytes,
             ssd_bytes,
+            hop,
             prompt_tokens,
         };
         self.estimator.start(&need, &self.ahead(now), room, now)
@@ -125,6 +140,7 @@ impl State {
             oldest_since: now,
             priority: model.facts.settings.priority,
             need: Need { pool_bytes: sizing.pool_bytes, kv_bytes: sizing.kv_bytes },
+            there: self.there(key),
             instances_max: model.facts.settings.instances_max.max(1),
             evicts: true,
         }))
@@ -136,16 +152,20 @@ impl State {
         let mut pinned: Vec<_> = self.instances.values().filter(|i| self.model(i.model).pinned()).collect();
         pinned.sort_by_key(|i| i.model);
         pinned.dedup_by_key(|i| i.model);
-        let held: ByteSize = pinned.iter().map(|i| i.sizing.pool_bytes + i.sizing.kv_bytes).sum();
+        let whole = |s: &Sizing| s.pool_bytes + s.kv_bytes + s.work_bytes;
+        let held: ByteSize = pinned.iter().map(|i| whole(&i.sizing)).sum();
         let names: Vec<String> =
             pinned.iter().map(|i| format!("`{}`", self.model(i.model).facts.model)).collect();
-        let budgets = self.config.budgets;
-        let sizing = model.sizing.as_ref().ok();
-        let needed = sizing.map_or(ByteSize::ZERO, |s| s.pool_bytes + s.kv_bytes);
+        let memory = |place: &Place| match place {
+            Place::Pool(budgets) => budgets.dram + budgets.kv,
+            Place::Device { memory, .. } => *memory,
+        };
+        let all: ByteSize = self.places.iter().map(memory).sum();
+        let needed = model.sizing.as_ref().map_or(ByteSize::ZERO, whole);
         StartFailure::OutOfMemory {
             model: model.facts.model.clone(),
             needed,
-            free: (budgets.dram + budgets.kv).saturating_sub(held),
+            free: all.saturating_sub(held),
             detail: format!(
                 "pinned models hold the rest: {}; unpin one, or give Stoker more memory or workers",
                 names.join(", ")

@@ -64,6 +64,7 @@ pub(crate) fn model(text: &str, pool: u64) -> ModelFacts {
         settings: ModelSettings { concurrency: 4, ..ModelSettings::default() },
         weight_bytes: ByteSize::mib(pool),
         pool_bytes: ByteSize::mib(pool),
+        device_bytes: ByteSize::mib(pool),
         kv_bytes_per_token: ByteSize::kib(1),
         context_trained: 1024,
         weights_on: stoker_types::Tier::Ssd,

@@ -43,6 +43,11 @@ pub(crate) fn check(config: &Config, output: Output) -> anyhow::Result<()> {
         row("ssd", &config.ssd, |ssd| {
             ssd.map_or("80 % of the disk, 10 % and 20 GiB stay free".to_owned(), |ssd| ssd.to_string())
         }),
+        row("devices", &config.devices, ToString::to_string),
+        row("gpu_memory", &config.gpu_memory, |gpu| {
+            gpu.map_or("what is free, less 512 MiB or 3 %".to_owned(), |gpu| gpu.to_string())
+        }),
+        row("workers_per_gpu", &config.workers_per_gpu, ToString::to_string),
         row("threads", &config.threads, ToString::to_string),
         row("workers", &config.workers, ToString::to_string),
         row("keep_alive", &config.keep_alive, ToString::to_string),

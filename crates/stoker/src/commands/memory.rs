@@ -7,7 +7,7 @@ use crate::{
     client::AdminClient,
     output::{Output, Table},
     serve::admin::{
-        Budget, CachedRow, Done, InstanceRow, ModelRequest, StatusReport, UnloadRequest, Unloaded,
+        Budget, CachedRow, DeviceRow, Done, InstanceRow, ModelRequest, StatusReport, UnloadRequest, Unloaded,
     },
 };
 
@@ -16,11 +16,12 @@ pub(crate) async fn ps(admin: &AdminClient, output: Output) -> anyhow::Result<()
     let status: StatusReport = admin.get("/status").await?;
     output.show(&status, |status| {
         let mut table =
-            Table::new(["MODEL", "STATE", "PID", "STREAMS", "CONTEXT", "WEIGHTS", "KV", "LEAVES"]);
+            Table::new(["MODEL", "STATE", "DEVICE", "PID", "STREAMS", "CONTEXT", "WEIGHTS", "KV", "LEAVES"]);
         for i in &status.instances {
             table.row([
                 i.model.to_string(),
                 i.state.clone(),
+                i.device.clone(),
                 i.pid.map_or_else(|| "-".into(), |p| p.to_string()),
                 format!("{}/{}", i.in_flight, i.sequences),
                 i.context.to_string(),
@@ -36,10 +37,19 @@ pub(crate) async fn ps(admin: &AdminClient, output: Output) -> anyhow::Result<()
             let names: Vec<String> = cached.iter().map(|c| format!("{} ({})", c.model, c.bytes)).collect();
             text.push_str(&format!("\nin DRAM, without a worker: {}\n", names.join(", ")));
         }
+        text.push('\n');
+        for device in &status.devices {
+            let DeviceRow { device, memory, free, cached, .. } = device;
+            text.push_str(&format!("{device} {}, {free} free", used(memory)));
+            if *cached > ByteSize::ZERO {
+                text.push_str(&format!(", {cached} of weights that no worker uses"));
+            }
+            text.push('\n');
+        }
+        let kv = if status.devices.is_empty() { format!(", KV {}", used(&status.kv)) } else { String::new() };
         text.push_str(&format!(
-            "\nDRAM {}, KV {}, {} workers, {} waiting\n",
+            "DRAM {}{kv}, {} workers, {} waiting\n",
             used(&status.dram),
-            used(&status.kv),
             status.workers,
             status.waiting
         ));

@@ -9,7 +9,6 @@ use crate::{
 /// Serves until it is told to stop.
 pub(crate) async fn run(config: &Config, variant: Variant, output: Output) -> anyhow::Result<()> {
     let server = Server::start(config, variant).await?;
-    let (dram, kv) = server.budgets();
-    output.line(&format!("listening on http://{}/v1  (DRAM {}, KV {})", server.address(), dram, kv));
+    output.line(&format!("listening on http://{}/v1  ({})", server.address(), server.budgets()));
     server.until_signalled().await
 }

@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use stoker_types::{ByteSize, KeepAlive, ModelName, QueueLimits};
 
-use super::{ConfigError, ReaderSetting, RemoteTable, SsdDirEntry, nearest_of};
+use super::{ConfigError, Devices, ReaderSetting, RemoteTable, SsdDirEntry, nearest_of};
 
 /// The file's contents. Everything is optional.
 #[derive(Debug, Default, Deserialize)]
@@ -35,6 +35,13 @@ pub(crate) struct ConfigFile {
     pub(crate) remote: RemoteTable,
     pub(crate) threads: Option<u32>,
     pub(crate) workers: Option<u32>,
+    /// What models are served from: `"auto"`, `"cpu"`, or a list such as `["cuda:0"]`.
+    pub(crate) devices: Option<Devices>,
+    /// Most that instances may take of each device.
+    #[serde(deserialize_with = "size")]
+    pub(crate) gpu_memory: Option<ByteSize>,
+    /// Worker processes that are kept for each device.
+    pub(crate) workers_per_gpu: Option<u32>,
     pub(crate) reader: Option<ReaderSetting>,
     pub(crate) keep_alive: Option<KeepAlive>,
     pub(crate) queue: Option<QueueLimits>,

@@ -3,6 +3,7 @@
 //! Every setting is one [`Setting`]: a value and where it came from, so that `stoker config check` and error messages
 //! can say both. An unknown key or variable is an error that names the nearest valid one.
 
+mod devices;
 mod dirs;
 mod file;
 mod memory;
@@ -14,6 +15,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, str::FromS
 use serde::Serialize;
 use stoker_types::{ByteSize, KeepAlive, ModelName, ModelSettings, QueueLimits};
 
+pub(crate) use devices::{DeviceSpec, Devices};
 pub(crate) use dirs::Dirs;
 pub(crate) use file::{ConfigFile, ModelEntry};
 pub(crate) use reader::ReaderSetting;
@@ -53,6 +55,8 @@ pub(crate) const VARIABLES: &[&str] = &[
     "STOKER_OFFLINE",
     "STOKER_DRAM",
     "STOKER_KV",
+    "STOKER_DEVICES",
+    "STOKER_GPU_MEMORY",
     "STOKER_SSD",
     "STOKER_RUNTIME_DIR",
 ];
@@ -75,6 +79,9 @@ pub(crate) struct Overrides {
     pub(crate) kv: Option<ByteSize>,
     pub(crate) threads: Option<u32>,
     pub(crate) workers: Option<u32>,
+    pub(crate) devices: Option<Devices>,
+    pub(crate) gpu_memory: Option<ByteSize>,
+    pub(crate) workers_per_gpu: Option<u32>,
     pub(crate) offline: bool,
     pub(crate) insecure: bool,
 }
@@ -108,6 +115,12 @@ pub(crate) struct Config {
     pub(crate) threads: Setting<u32>,
     /// Most worker processes.
     pub(crate) workers: Setting<u32>,
+    /// What models are served from.
+    pub(crate) devices: Setting<Devices>,
+    /// Most that instances may take of each device; `None`: what the driver says is free, less max(512 MiB, 3 %).
+    pub(crate) gpu_memory: Setting<Option<ByteSize>>,
+    /// Worker processes that are kept for each device.
+    pub(crate) workers_per_gpu: Setting<u32>,
     /// How weight files are read.
     pub(crate) reader: Setting<ReaderSetting>,
     pub(crate) keep_alive: Setting<KeepAlive>,
@@ -340,6 +353,9 @@ impl Config {
             remote,
             threads,
             workers,
+            devices,
+            gpu_memory,
+            workers_per_gpu,
             reader,
             keep_alive,
             queue,
@@ -407,6 +423,19 @@ impl Config {
                 u32::try_from(stoker_engine::physical_cores()).unwrap_or(u32::MAX)
             }),
             workers: Setting::settle(flags.workers, None, workers, || 16),
+            devices: Setting::settle(
+                flags.devices,
+                environment.parsed("STOKER_DEVICES")?.map(|v| ("STOKER_DEVICES", v)),
+                devices,
+                || Devices::Auto,
+            ),
+            gpu_memory: Setting::settle(
+                flags.gpu_memory.map(Some),
+                environment.parsed("STOKER_GPU_MEMORY")?.map(|v| ("STOKER_GPU_MEMORY", Some(v))),
+                gpu_memory.map(Some),
+                || None,
+            ),
+            workers_per_gpu: Setting::settle(flags.workers_per_gpu, None, workers_per_gpu, || 2),
             reader: Setting::settle(None, None, reader, ReaderSetting::default),
             keep_alive,
             queue: Setting::settle(None, None, queue, QueueLimits::default),
@@ -540,6 +569,27 @@ mod tests {
     fn an_unknown_variable_names_the_nearest() {
         let error = Config::load(Overrides::default(), &environment(&[("STOKER_LISTN", "x")])).unwrap_err();
         assert_eq!(error.to_string(), "unknown variable STOKER_LISTN; did you mean STOKER_LISTEN?");
+    }
+
+    #[test]
+    fn devices_come_from_flag_environment_and_file() {
+        let (_dir, flags) = written("devices = [\"cuda:0\", \"cuda:1\"]\ngpu_memory = \"24GiB\"\n");
+        let config = Config::load(flags.clone(), &environment(&[])).unwrap();
+        assert_eq!(config.devices.value, "cuda:0,cuda:1".parse().unwrap());
+        assert_eq!(config.gpu_memory.value, Some(ByteSize::gib(24)));
+        let config = Config::load(flags.clone(), &environment(&[("STOKER_DEVICES", "cpu")])).unwrap();
+        assert_eq!(config.devices.value, Devices::Cpu);
+        let flags = Overrides { devices: Some("cuda:3".parse().unwrap()), ..flags };
+        let config = Config::load(flags, &environment(&[("STOKER_DEVICES", "cpu")])).unwrap();
+        assert_eq!(
+            (config.devices.value.to_string().as_str(), config.devices.origin),
+            ("cuda:3", Origin::Flag)
+        );
+        let (_dir, flags) = written("devices = \"gpu\"\n");
+        let error = Config::load(flags, &environment(&[])).unwrap_err();
+        assert!(error.to_string().contains("`gpu` is no device: write `auto`, `cpu`"), "{error}");
+        let config = Config::load(Overrides::default(), &environment(&[])).unwrap();
+        assert_eq!((config.devices.value, config.gpu_memory.value), (Devices::Auto, None));
     }
 
     #[test]

@@ -18,7 +18,9 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use stoker_controller::{ControllerHandle, DecisionRecord, Explanation, InstanceStatus, UnloadError};
 use stoker_node::Node;
-use stoker_types::{ByteSize, MemoryBudget, ModelName, Refusal, StartFailure, TierRate};
+use stoker_types::{
+    ByteSize, BytesPerSec, DeviceMemoryState, MemoryBudget, ModelName, Refusal, StartFailure, TierRate,
+};
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -49,6 +51,8 @@ pub(crate) struct AdminServer {
 pub(crate) struct StatusReport {
     pub(crate) dram: Budget,
     pub(crate) kv: Budget,
+    /// The devices that models are served from, if not from memory.
+    pub(crate) devices: Vec<DeviceRow>,
     /// Why a budget is below what was configured, and who holds the memory.
     pub(crate) shortage: Option<String>,
     /// Requests that wait for a seat.
@@ -69,11 +73,31 @@ pub(crate) struct Budget {
     pub(crate) configured: ByteSize,
 }
 
+/// A device.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct DeviceRow {
+    pub(crate) device: String,
+    /// Weights, KV caches and work memory of its instances.
+    pub(crate) memory: Budget,
+    pub(crate) total: ByteSize,
+    pub(crate) free: ByteSize,
+    /// Weights on it.
+    pub(crate) weights: ByteSize,
+    /// Of those, what no instance uses.
+    pub(crate) cached: ByteSize,
+    /// Models whose weights are on it.
+    pub(crate) resident: Vec<ModelName>,
+    /// Measured rate of copies to it.
+    pub(crate) rate: Option<BytesPerSec>,
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct InstanceRow {
     pub(crate) instance: String,
     pub(crate) model: ModelName,
     pub(crate) state: String,
+    /// Where it is: `cpu`, `cuda:0`.
+    pub(crate) device: String,
     pub(crate) pid: Option<u32>,
     pub(crate) context: u32,
     pub(crate) sequences: u32,
@@ -240,6 +264,7 @@ async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
         instance: i.instance.to_string(),
         model: i.model,
         state: i.state.to_owned(),
+        device: i.device,
         pid: snapshot.workers.iter().find(|w| Some(w.worker) == i.worker).map(|w| w.pid),
         context: i.context,
         sequences: i.sequences,
@@ -251,11 +276,27 @@ async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
         expires_in_ms: i.expires_in.map(|d| d.as_millis()),
         load_ms: i.load_time.as_secs_f64() * 1e3,
     };
+    let device = |d: &DeviceMemoryState| DeviceRow {
+        device: d.name.clone(),
+        memory: Budget::new(
+            overall.devices.iter().find(|used| used.name == d.name).map_or(ByteSize::ZERO, |used| used.used),
+            d.budget,
+        ),
+        total: d.total,
+        free: d.free,
+        weights: d.weights,
+        cached: d.cached,
+        resident: d.resident.clone(),
+        rate: d.rate,
+    };
+    let shortages = snapshot.devices.iter().filter_map(DeviceMemoryState::shortage);
+    let shortages: Vec<String> = shortages.chain(snapshot.memory.shortage()).collect();
     let instances = controller.instances().into_iter().map(row).collect();
     Json(StatusReport {
         dram: Budget::new(snapshot.dram_used, snapshot.memory.dram),
         kv: Budget::new(overall.kv_used, snapshot.memory.kv),
-        shortage: snapshot.memory.shortage(),
+        devices: snapshot.devices.iter().map(device).collect(),
+        shortage: (!shortages.is_empty()).then(|| shortages.join("; ")),
         waiting: overall.waiting,
         rates: snapshot.rates,
         instances,

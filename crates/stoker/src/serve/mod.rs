@@ -2,6 +2,7 @@
 
 mod adapters;
 pub(crate) mod admin;
+mod devices;
 mod memory;
 pub(crate) mod traces;
 
@@ -9,10 +10,10 @@ use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use stoker_controller::{Budgets, ControllerHandle};
+use stoker_controller::{Budgets, ControllerHandle, DeviceConfig};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
 use stoker_node::{ClientSocket, MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig};
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, DeviceMemoryState};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -40,6 +41,8 @@ pub(crate) struct Server {
     dram: ByteSize,
     /// For KV caches.
     kv: ByteSize,
+    /// Devices that models are served from, and what they may take of each.
+    devices: Vec<DeviceConfig>,
     grace: Duration,
     gateway: JoinHandle<std::io::Result<()>>,
     admin: admin::AdminServer,
@@ -104,9 +107,23 @@ impl Server {
                 |error| tracing::debug!(%error, "memory pressure isn't watched; starts look at the machine"),
             )
             .ok();
+        let devices = {
+            let (config, workers) = (config.clone(), workers.clone());
+            tokio::task::spawn_blocking(move || devices::open(&config, &workers)).await??
+        };
+        devices::attach(&store, &devices, dram);
+        // What is on devices is accounted there.
+        let kv = if devices.is_empty() { kv } else { ByteSize::ZERO };
         let memory = MemoryConfig { pressure, ..MemoryConfig::new(kv) };
-        let node_config = NodeConfig { runtime, workers, devices: Vec::new(), memory, keeper };
+        let node_config = NodeConfig { runtime, workers, devices, memory, keeper };
         let node = Node::open(node_config, store, Arc::new(library.clone()))?;
+        let device = |state: &DeviceMemoryState| DeviceConfig {
+            name: state.name.clone(),
+            memory: state.budget.effective,
+            work: state.work,
+            slots: slots.get(),
+        };
+        let devices: Vec<DeviceConfig> = node.look().await.devices.iter().map(device).collect();
 
         let (export, exporter) = if config.telemetry.traces {
             let (export, exporter) = traces::Exporter::start(config.telemetry.service)?;
@@ -118,6 +135,7 @@ impl Server {
 
         let budgets = Budgets { dram, kv, slots: slots.get() };
         let mut controller_config = stoker_controller::Config::new(budgets);
+        controller_config.devices.clone_from(&devices);
         controller_config.queue = config.queue.value;
         controller_config.rules.wait_max = Duration::from_secs(config.other_model_wait_s.value);
         let node_api = Arc::new(adapters::NodeOfThisProcess(node.clone()));
@@ -160,10 +178,24 @@ impl Server {
             %address,
             %dram,
             %kv,
+            devices = devices.iter().map(|d| format!("{} ({})", d.name, d.memory)).collect::<Vec<_>>().join(", "),
             admin = %config.dirs.admin_socket().display(),
             "listening"
         );
-        Ok(Self { address, shutdown, controller, node, dram, kv, grace, gateway, admin, clients, exporter })
+        Ok(Self {
+            address,
+            shutdown,
+            controller,
+            node,
+            dram,
+            kv,
+            devices,
+            grace,
+            gateway,
+            admin,
+            clients,
+            exporter,
+        })
     }
 
     /// Where the API listens.
@@ -171,9 +203,14 @@ impl Server {
         self.address
     }
 
-    /// Memory for weights and for KV caches.
-    pub(crate) fn budgets(&self) -> (ByteSize, ByteSize) {
-        (self.dram, self.kv)
+    /// What models may take, in words.
+    pub(crate) fn budgets(&self) -> String {
+        let Self { dram, kv, devices, .. } = self;
+        if devices.is_empty() {
+            return format!("DRAM {dram}, KV {kv}");
+        }
+        let each: Vec<String> = devices.iter().map(|d| format!("{} {}", d.name, d.memory)).collect();
+        format!("{}, DRAM {dram}", each.join(", "))
     }
 
     /// Waits until a worker can take a model.
