@@ -260,6 +260,10 @@ impl Owner {
                 self.shared.state.lock().lost(worker, instance, &reason, now);
                 self.due();
             }
+            NodeEvent::InstanceLanded { instance, took, timeline } => {
+                self.shared.state.lock().landed(instance, took, timeline, now);
+                self.due();
+            }
             NodeEvent::InstanceLost { instance, failure } => {
                 self.shared.state.lock().undelivered(instance, failure, now);
                 self.due();

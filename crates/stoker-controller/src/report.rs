@@ -92,6 +92,8 @@ pub enum Event {
     Start,
     /// It became ready.
     Ready,
+    /// Its weights are on its device, after it became ready.
+    Landed,
     /// Its start failed.
     Failed,
     /// It admits nobody new.
@@ -130,6 +132,7 @@ impl Event {
         match self {
             Self::Start => "start",
             Self::Ready => "ready",
+            Self::Landed => "landed",
             Self::Failed => "failed",
             Self::Drain => "drain",
             Self::Undrain => "undrain",

@@ -16,7 +16,10 @@ use stoker_proto::{
 use stoker_store::{
     CheckpointFiles, Delivered, DeviceTarget, Keep, Layout, LoadError, LoadReport, ModelKey, Priority, Store,
 };
-use stoker_types::{ByteSize, DeviceMemoryState, MemoryBudget, MemoryHolder, ModelName, StartFailure, clock};
+use stoker_types::{
+    ByteSize, DeviceMemoryState, MemoryBudget, MemoryHolder, ModelName, Period, Phase, StartFailure,
+    Timeline, clock,
+};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -516,6 +519,19 @@ impl Drop for Lease {
                 drop(gone);
             });
         }
+    }
+}
+
+// === impl Arrival ===
+
+impl Arrival {
+    /// Where its time went.
+    pub(crate) fn timeline(&self) -> Timeline {
+        let mut timeline = Timeline { phases: Vec::new(), bytes: self.load.bytes.clone() };
+        crate::node::record_reads(&mut timeline, &self.load);
+        timeline.record(Phase::DeviceCopy, None, self.took);
+        timeline.place(Phase::DeviceCopy, Period::until(self.ended, self.took));
+        timeline
     }
 }
 

@@ -553,30 +553,27 @@ impl Origin {
 
     /// `ended`: when the worker had the model.
     fn timeline(&self, map: Duration, init: Duration, ended: Duration) -> Timeline {
-        let (report, copied) = match self {
-            Self::Pool(report) => (Some(report.clone()), (map, ended.saturating_sub(init))),
-            Self::Device { landing, joined, .. } => match &*landing.borrow() {
-                Landing::Landed(arrival) if !joined => {
-                    (Some(arrival.load.clone()), (arrival.took, arrival.ended))
-                }
-                // They were there, or are still coming while the worker begins.
-                _ => (None, (map, ended.saturating_sub(init))),
-            },
+        let mapped = |timeline: &mut Timeline| {
+            timeline.record(Phase::DeviceCopy, None, map);
+            timeline.place(Phase::DeviceCopy, Period::until(ended.saturating_sub(init), map));
         };
         let mut timeline = Timeline::default();
-        match (&report, self) {
-            (Some(report), _) => {
+        match self {
+            Self::Pool(report) => {
                 timeline.bytes = report.bytes.clone();
                 record_reads(&mut timeline, report);
+                mapped(&mut timeline);
             }
-            (None, Self::Device { joined: true, weights, .. }) => {
+            Self::Device { landing, joined: false, .. } => match &*landing.borrow() {
+                Landing::Landed(arrival) => timeline = arrival.timeline(),
+                // What they took is told when they are there.
+                Landing::Coming | Landing::Failed(_) => mapped(&mut timeline),
+            },
+            Self::Device { joined: true, weights, .. } => {
                 timeline.bytes = vec![TierBytes { tier: Tier::Device, bytes: *weights }];
+                mapped(&mut timeline);
             }
-            (None, _) => {}
         }
-        let (copy, copied_at) = copied;
-        timeline.record(Phase::DeviceCopy, None, copy);
-        timeline.place(Phase::DeviceCopy, Period::until(copied_at, copy));
         timeline.record(Phase::Init, None, init);
         timeline.place(Phase::Init, Period::until(ended, init));
         timeline
@@ -646,7 +643,7 @@ fn file_slots(resident: &Resident) -> Vec<FileSlots> {
     resident.files().iter().map(|file| FileSlots { len: file.len, slots: file.slots.clone() }).collect()
 }
 
-fn record_reads(timeline: &mut Timeline, report: &LoadReport) {
+pub(crate) fn record_reads(timeline: &mut Timeline, report: &LoadReport) {
     let read = |(tier, _): &(Tier, Phase)| report.bytes_from(*tier) > ByteSize::ZERO;
     let phases = [(Tier::Remote, Phase::RemoteRead), (Tier::Ssd, Phase::SsdRead)];
     for (_, phase) in phases.into_iter().filter(read) {

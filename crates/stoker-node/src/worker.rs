@@ -411,10 +411,16 @@ impl WorkerTask {
         self.pulse.intervals = 0;
         self.pulse.without_step = 0;
         // One that is loading answers by itself.
-        if let (Some(failure), State::Serving { .. }) = (failure, &self.state) {
+        if !matches!(self.state, State::Serving { .. }) {
+            return;
+        }
+        if let Some(failure) = failure {
             tracing::error!(worker = %self.worker, %instance, %model, %failure, "a model that is served didn't arrive");
             self.unload(true, None);
             self.fleet.tell(NodeEvent::InstanceLost { instance, failure });
+        } else if let Landing::Landed(arrival) = landing {
+            let (took, timeline) = (arrival.took, arrival.timeline());
+            self.fleet.tell(NodeEvent::InstanceLanded { instance, took, timeline });
         }
     }
 

@@ -264,6 +264,15 @@ pub enum NodeEvent {
         /// The last lines that it printed.
         last_lines: Vec<String>,
     },
+    /// A model that was being served while its weights were on their way to a device is there whole.
+    InstanceLanded {
+        /// Which.
+        instance: InstanceId,
+        /// From the order to the last byte.
+        took: Duration,
+        /// Where that time went.
+        timeline: Timeline,
+    },
     /// A model that was being served didn't arrive on its device whole: its instance and its streams are gone.
     InstanceLost {
         /// Which.

@@ -31,7 +31,7 @@ pub enum Phase {
 }
 
 /// One phase of a start.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseTime {
     /// Which.
     pub phase: Phase,
@@ -78,7 +78,7 @@ pub struct TierBytes {
 }
 
 /// The phases of one start.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Timeline {
     /// In [`Phase`] order; a phase that did not occur is absent.
     pub phases: Vec<PhaseTime>,
@@ -109,6 +109,18 @@ impl Timeline {
             Ok(at) => self.phases[at].actual += actual,
             Err(at) => self.phases.insert(at, PhaseTime { phase, predicted, actual, period: None }),
         }
+    }
+
+    /// Takes over what another timeline of the same start has, instead of what there is of the same phases.
+    pub fn replace(&mut self, with: Self) {
+        let Self { phases, bytes } = with;
+        for phase in phases {
+            match self.phases.binary_search_by_key(&phase.phase, |p| p.phase) {
+                Ok(at) => self.phases[at] = PhaseTime { predicted: self.phases[at].predicted, ..phase },
+                Err(at) => self.phases.insert(at, phase),
+            }
+        }
+        self.bytes = bytes;
     }
 
     /// Says when a phase was that has been recorded.
@@ -176,5 +188,17 @@ mod tests {
         timeline.place(Phase::Init, period);
         assert_eq!(timeline.phases[1].period, Some(period));
         assert_eq!((timeline.phases.len(), period.length()), (2, Duration::from_millis(7)));
+        let mut late =
+            Timeline { bytes: vec![TierBytes { tier: Tier::Ssd, bytes: ByteSize(3) }], phases: vec![] };
+        late.record(Phase::SsdRead, None, Duration::from_millis(9));
+        late.record(Phase::Prefill, None, Duration::from_millis(8));
+        timeline.phases[1].predicted = Some(Duration::from_millis(6));
+        timeline.replace(late.clone());
+        let all: Vec<_> = timeline.phases.iter().map(|p| (p.phase, p.actual.as_millis())).collect();
+        assert_eq!(all, [(Phase::Queued, 1), (Phase::SsdRead, 9), (Phase::Prefill, 8)]);
+        assert_eq!(
+            (timeline.phases[2].predicted, timeline.bytes),
+            (Some(Duration::from_millis(6)), late.bytes)
+        );
     }
 }

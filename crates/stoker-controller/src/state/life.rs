@@ -306,6 +306,17 @@ impl State {
         self.changed();
     }
 
+    /// An instance that was served already has its weights whole.
+    pub(crate) fn landed(&mut self, id: InstanceId, took: Duration, timeline: Timeline, now: Duration) {
+        let Some(instance) = self.instances.get_mut(&id) else { return };
+        // What its start took was less than what it costs to have it again.
+        instance.load_time = instance.load_time.max(took);
+        instance.timeline.replace(timeline.clone());
+        let key = instance.model;
+        self.learn(key, &timeline, false, now);
+        self.record(id, key, Event::Landed, format!("its weights are there after {}", Seconds(took)), now);
+    }
+
     /// An instance that was served already didn't get its weights whole.
     pub(crate) fn undelivered(&mut self, id: InstanceId, failure: StartFailure, now: Duration) {
         let Some(instance) = self.instances.get_mut(&id) else { return };

@@ -3,10 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::common::{Rig, admit, keep, model, name};
-use stoker_controller::{Event, UnloadError};
+use stoker_controller::{DeviceConfig, Event, UnloadError};
 use stoker_types::{
     ByteSize, ClientId, FileChange, Generation, KeepAlive, NodeEvent, Phase, Refusal, StartFailure, StopMode,
-    WorkerId,
+    Timeline, WorkerId,
 };
 use tokio::{
     task::JoinSet,
@@ -531,4 +531,73 @@ async fn shutdown_refuses_waits_and_reports_what_is_left() {
         drop(used);
     });
     assert_eq!(left, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_lands_after_it_is_served_costs_what_landing_took() {
+    let rig = Rig::new(64, vec![model("a", 10)]);
+    rig.touch("a").await;
+    let instance = rig.handle.instances()[0].instance;
+    let mut timeline = Timeline::default();
+    timeline.record(Phase::DeviceCopy, None, Duration::from_secs(3));
+    rig.node.say(NodeEvent::InstanceLanded { instance, took: Duration::from_secs(3), timeline });
+    rig.turn().await;
+    let status = &rig.handle.instances()[0];
+    assert_eq!(status.load_time, Duration::from_secs(3));
+    assert_eq!(status.timeline.actual(Phase::DeviceCopy), Some(Duration::from_secs(3)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_that_does_not_arrive_loses_its_seats_and_is_not_asked_for_at_once() {
+    let rig = Rig::new(64, vec![model("a", 10)]);
+    let held = rig.admit("a").await.unwrap();
+    let failure = StartFailure::Corrupt { model: name("a"), detail: "a bad chunk".into() };
+    rig.node.say(NodeEvent::InstanceLost { instance: held.instance(), failure: failure.clone() });
+    rig.node.kill(held.instance(), false);
+    rig.turn().await;
+    assert_eq!((rig.handle.status().in_flight, rig.handle.instances().len()), (0, 0));
+    let refusal = rig.admit("a").await.err().expect("it has just failed");
+    assert_eq!(refusal, Refusal::Start(failure));
+    assert_eq!(rig.node.starts().len(), 1);
+    drop(held);
+    sleep(Duration::from_secs(60)).await;
+    rig.touch("a").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_are_spread_over_devices_and_make_room_there() {
+    let device = |n: u32| DeviceConfig {
+        name: format!("cuda:{n}"),
+        memory: ByteSize::mib(20),
+        work: ByteSize::mib(1),
+        slots: 4,
+    };
+    // Ten of weights, two of KV cache and one of work memory: each device holds one.
+    let models = ["a", "b", "c"].map(|text| model(text, 10)).to_vec();
+    let rig = Rig::with(64, models, |config| config.devices = vec![device(0), device(1)]);
+    let on = |rig: &Rig| {
+        let instances = rig.handle.instances().into_iter();
+        instances.map(|i| (i.model.to_string(), i.device, i.work_bytes)).collect::<Vec<_>>()
+    };
+    let (first, second) = (rig.admit("a").await.unwrap(), rig.admit("b").await.unwrap());
+    let row = |model: &str, device: &str| (model.to_owned(), device.to_owned(), ByteSize::mib(1));
+    assert_eq!(on(&rig), [row("a", "cuda:0"), row("b", "cuda:1")]);
+    sleep(5 * SECOND).await;
+    drop(second);
+    rig.touch("c").await;
+    assert_eq!(on(&rig), [row("a", "cuda:0"), row("c", "cuda:1")], "the idle one went");
+    assert_eq!(rig.handle.status().slots, 8);
+    let explained = rig.handle.explain(&name("c")).unwrap();
+    assert!(explained.decisions[0].terms.starts_with("on cuda:1: "), "{:?}", explained.decisions);
+    assert!(
+        explained.sizing.ends_with("weights 10.0 MiB + KV 2.0 MiB + work 1.0 MiB"),
+        "{}",
+        explained.sizing
+    );
+    drop(first);
+
+    rig.facts.change("b", |facts| facts.device_bytes = ByteSize::mib(30));
+    let refusal = rig.admit("b").await.err().expect("no device is large enough");
+    assert!(matches!(refusal, Refusal::TooLarge { .. }), "{refusal}");
+    assert!(refusal.to_string().contains("needs 31.0 MiB, the budget is 20.0 MiB"), "{refusal}");
 }

@@ -8,8 +8,8 @@ use stoker_device::{Device, DeviceError, SimulatedDevice, SimulatedOptions};
 use stoker_node::{CatalogEntry, MemoryConfig, NodeDevice, WorkerConfig};
 use stoker_proto::stream::{FailureCode, Finish};
 use stoker_types::{
-    ByteSize, BytesPerSec, DType, DeviceId, InstanceId, Phase, StartFailure, StopMode, Tier, TierBytes,
-    WorkerState,
+    ByteSize, BytesPerSec, DType, DeviceId, InstanceId, NodeEvent, Phase, StartFailure, StopFailure,
+    StopMode, Tier, TierBytes, WorkerState,
 };
 use stoker_worker::{StandIn, WorkerArgs, WorkerDevice};
 use tokio::time::timeout;
@@ -45,6 +45,50 @@ fn slow_worker() -> ExitCode {
 #[ignore = "a worker's process, for a GPU that it has no engine for"]
 fn cuda_worker() -> ExitCode {
     worker(WorkerDevice::Cuda(0), None)
+}
+
+/// A worker that takes a model before its weights are there, as one of a GPU does: it says what it is told.
+#[tokio::test]
+#[ignore = "a worker's process"]
+async fn eager_worker() {
+    use std::{io::Read, os::fd::AsFd};
+    use stoker_proto::{
+        FrameReader, FrameWriter, PROTOCOL_VERSION,
+        control::{FromWorker, Hello, Loaded, Pong, ToWorker, Unloaded, from_worker, to_worker},
+    };
+    let mut control =
+        std::os::unix::net::UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    control.read_exact(&mut [0]).unwrap();
+    control.set_nonblocking(true).unwrap();
+    let (read, write) = tokio::net::UnixStream::from_std(control).unwrap().into_split();
+    let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
+    let hello = Hello { protocol: PROTOCOL_VERSION, pid: std::process::id(), device: "eager".into() };
+    let mut say = Some(from_worker::Kind::Hello(hello));
+    loop {
+        if let Some(kind) = say.take() {
+            writer.send(&FromWorker { kind: Some(kind) }).await.unwrap();
+        }
+        let Ok(Some(ToWorker { kind: Some(kind) })) = reader.next().await else { return };
+        say = match kind {
+            to_worker::Kind::Load(load) => {
+                let loaded = Loaded { instance: load.instance, device_bytes: PAGE, ..Loaded::default() };
+                Some(from_worker::Kind::Loaded(loaded))
+            }
+            to_worker::Kind::Landed(landed) => {
+                eprintln!("LANDED {} {:?}", landed.instance, landed.error);
+                None
+            }
+            to_worker::Kind::Unload(unload) => {
+                Some(from_worker::Kind::Unloaded(Unloaded { instance: unload.instance }))
+            }
+            to_worker::Kind::Ping(ping) => Some(from_worker::Kind::Pong(Pong {
+                number: ping.number,
+                device_bytes: PAGE,
+                ..Pong::default()
+            })),
+            to_worker::Kind::Shutdown(_) => return,
+        };
+    }
 }
 
 // === tests ===
@@ -312,7 +356,7 @@ async fn a_start_that_is_given_up_gives_the_devices_memory_back() {
     let failure = starting.await.unwrap().unwrap_err();
     assert!(matches!(failure, StartFailure::Cancelled { .. }), "{failure}");
     sim.emptied().await;
-    sim.bed.until("both workers are ready again", |s| idle(s) == 2).await;
+    sim.bed.until("all workers are ready again", |s| idle(s) == s.workers.len()).await;
     sim.bed.node.shutdown(Duration::ZERO).await;
 }
 
@@ -350,6 +394,55 @@ async fn room_on_a_device_is_found_or_the_error_says_who_has_it() {
     sim.start("c").await.unwrap();
     sim.bed.node.shutdown(Duration::ZERO).await;
     assert_eq!(sim.used(0), ByteSize::ZERO, "nothing is left on it");
+}
+
+#[tokio::test]
+async fn a_worker_may_serve_before_the_weights_are_there() {
+    let sim = Sim::noise(one_worker("devices::eager_worker"), None);
+    let mut events = sim.bed.node.events();
+    sim.devices[0].pause(true);
+    let first = sim.order("a");
+    let started = sim.bed.node.start(first.clone()).await.unwrap();
+    let state = sim.bed.node.look().await.devices[0].clone();
+    assert_eq!((state.resident.len(), state.weights), (0, ByteSize::mib(4)), "on their way");
+    // What the worker has taken of the device counts as room for instances.
+    assert_eq!(state.budget.effective, ByteSize::mib(12));
+    sim.devices[0].pause(false);
+    let landed = instance_event(&mut events).await;
+    let NodeEvent::InstanceLanded { instance, timeline, .. } = landed else { panic!("{landed:?}") };
+    assert_eq!(instance, first.instance);
+    assert!(timeline.actual(Phase::DeviceCopy).is_some() && timeline.actual(Phase::SsdRead).is_some());
+    assert_eq!(sim.bed.node.snapshot().devices[0].resident, [name("a")]);
+    sim.bed.node.stop(first.instance, StopMode::Now).await.unwrap();
+
+    // They don't arrive: whoever is served is told, and everything goes.
+    sim.devices[0].pause(true);
+    let second = sim.order("b");
+    let again = sim.bed.node.start(second.clone()).await.unwrap();
+    assert_eq!(again.worker, started.worker);
+    sim.devices[0].fail_after(ByteSize::ZERO, DeviceError::Simulated { device: 0, what: "lost a copy" });
+    sim.devices[0].pause(false);
+    let lost = instance_event(&mut events).await;
+    let NodeEvent::InstanceLost { instance, failure } = lost else { panic!("{lost:?}") };
+    assert_eq!(instance, second.instance);
+    assert!(failure.to_string().contains("lost a copy"), "{failure}");
+    sim.emptied().await;
+    sim.bed.until("its worker is ready again", |s| idle(s) == 1).await;
+    assert_eq!(
+        sim.bed.node.stop(second.instance, StopMode::Now).await,
+        Err(StopFailure::Unknown { instance: second.instance })
+    );
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+/// The next that is said of an instance.
+async fn instance_event(events: &mut tokio::sync::broadcast::Receiver<NodeEvent>) -> NodeEvent {
+    loop {
+        let event = timeout(PATIENCE, events.recv()).await.expect("nothing was said").unwrap();
+        if matches!(event, NodeEvent::InstanceLanded { .. } | NodeEvent::InstanceLost { .. }) {
+            return event;
+        }
+    }
 }
 
 #[tokio::test]
