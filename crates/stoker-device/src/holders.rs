@@ -1,6 +1,8 @@
 //! Who has a GPU's memory, as far as the management library tells.
 
-use nvml_wrapper::{Nvml, enums::device::UsedGpuMemory};
+use std::sync::OnceLock;
+
+use nvml_wrapper::{Nvml, enums::device::UsedGpuMemory, error::NvmlError};
 use stoker_types::{ByteSize, MemoryHolder};
 
 use crate::info::DeviceInfo;
@@ -10,8 +12,12 @@ use crate::info::DeviceInfo;
 #[must_use]
 pub fn memory_holders(device: &DeviceInfo) -> Vec<MemoryHolder> {
     let Some(pci) = &device.pci else { return Vec::new() };
-    let processes = Nvml::init()
-        .and_then(|nvml| nvml.device_by_pci_bus_id(pci.as_str())?.running_compute_processes())
+    // Opening the library takes longer than everything else here.
+    static NVML: OnceLock<Result<Nvml, NvmlError>> = OnceLock::new();
+    let Ok(nvml) = NVML.get_or_init(Nvml::init) else { return Vec::new() };
+    let processes = nvml
+        .device_by_pci_bus_id(pci.as_str())
+        .and_then(|device| device.running_compute_processes())
         .inspect_err(|error| tracing::debug!(%error, "who has the GPU's memory isn't known"))
         .unwrap_or_default();
     let holder = |process: nvml_wrapper::struct_wrappers::device::ProcessInfo| {

@@ -203,7 +203,7 @@ impl Slabs {
 
     /// Takes note of what there is, and of who has the rest when it is less than it should be.
     pub(crate) async fn look(&self, ours: Vec<u32>) {
-        if let Err(error) = self.read(ours).await {
+        if let Err(error) = self.read(Some(ours)).await {
             tracing::warn!(device = self.inner.name, %error, "the device's memory can't be read; its budget stays");
         }
     }
@@ -269,18 +269,22 @@ impl Slabs {
         ours: Vec<u32>,
     ) -> Result<(), StartFailure> {
         loop {
-            let reading = self.read(ours.clone()).await.map_err(|error| self.failed(model, &error))?;
+            let reading = self.read(None).await.map_err(|error| self.failed(model, &error))?;
             let Reading { effective, weights, free } = reading;
             let taken = weights + wanted.beside;
             if taken + needed <= effective {
                 return Ok(());
             }
             if let Some(cached) = self.take_oldest_cached() {
+                let mut landing = cached.landing.clone();
                 // Giving memory back waits for the device.
                 let dropped = tokio::task::spawn_blocking(move || drop(cached)).await;
                 dropped.map_err(|_| StartFailure::Cancelled { model: model.clone() })?;
+                // One that was still on its way is written to until its copies have ended. Its sender sends before it goes.
+                let _ = landing.wait_for(|landing| !landing.is_coming()).await;
                 continue;
             }
+            self.look(ours).await;
             let work = self.inner.work;
             let Wanted { kv, context, beside: _ } = wanted;
             let own = needed + kv + work;
@@ -371,7 +375,8 @@ impl Slabs {
         None
     }
 
-    async fn read(&self, ours: Vec<u32>) -> Result<Reading, DeviceError> {
+    /// Looks at the device; with the node's processes, also for others, if they leave less than there could be.
+    async fn read(&self, ours: Option<Vec<u32>>) -> Result<Reading, DeviceError> {
         let inner = Arc::clone(&self.inner);
         let read = move || {
             let memory = inner.device.memory()?;
@@ -379,10 +384,9 @@ impl Slabs {
             let by_workers = ByteSize(inner.fleet.device_bytes());
             let room = (memory.free + memory.slabs + by_workers).saturating_sub(reserve(memory.total));
             let budget = MemoryBudget { configured, effective: configured.min(room) };
-            let holders = if budget.is_short() {
-                others(memory_holders(inner.device.info()), &ours)
-            } else {
-                Vec::new()
+            let holders = match ours {
+                Some(ours) if budget.is_short() => others(memory_holders(inner.device.info()), &ours),
+                _ => Vec::new(),
             };
             let mut state = inner.state.lock();
             (state.budget, state.total, state.free) = (budget, memory.total, memory.free);
@@ -432,6 +436,15 @@ fn publish(now: &DeviceMemoryState) {
         #[expect(clippy::cast_precision_loss, reason = "a metric")]
         metrics::gauge!("stoker_node_device_bytes", "device" => name.clone(), "kind" => kind)
             .set(bytes.bytes() as f64);
+    }
+}
+
+// === impl Held ===
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Whatever is still on its way is for nobody.
+        self.cancel.cancel();
     }
 }
 
@@ -496,7 +509,6 @@ impl Drop for Lease {
             return;
         }
         if !self.kept {
-            held.cancel.cancel();
             let gone = state.models.remove(&self.key);
             drop(state);
             drop(gone);

@@ -32,6 +32,8 @@ pub(crate) struct Instance {
     device: DeviceId,
     /// KV cache that it may fill.
     kv_bytes: ByteSize,
+    /// Where that is: in the worker's own memory, or on its device.
+    kv_in_memory: bool,
 }
 
 /// The right to exist as an instance. The start holds it, then the worker's task. When the last clone drops, the
@@ -46,8 +48,8 @@ pub(crate) struct Tenancy {
 // === impl Instances ===
 
 impl Instances {
-    /// Takes an order in.
-    pub(crate) fn begin(&self, order: &StartOrder) -> Result<Arc<Tenancy>, StartFailure> {
+    /// Takes an order in. `kv_in_memory`: its KV cache will be in its worker's own memory.
+    pub(crate) fn begin(&self, order: &StartOrder, kv_in_memory: bool) -> Result<Arc<Tenancy>, StartFailure> {
         let mut state = self.0.lock();
         if state.closed {
             return Err(StartFailure::Cancelled { model: order.model.clone() });
@@ -63,6 +65,7 @@ impl Instances {
             worker: None,
             device: order.device,
             kv_bytes: order.kv_bytes,
+            kv_in_memory,
         };
         state.instances.insert(order.instance, instance);
         Ok(Arc::new(Tenancy {
@@ -84,10 +87,10 @@ impl Instances {
         self.0.lock().instances.get(&instance).cloned()
     }
 
-    /// Each instance's KV cache, and the process that fills it, if there is one yet.
+    /// Each instance's KV cache in memory, and the process that fills it, if there is one yet.
     pub(crate) fn kv_caches(&self) -> Vec<(Option<u32>, ByteSize)> {
         let of = |instance: &Instance| (instance.worker.as_ref().map(|w| w.pid), instance.kv_bytes);
-        self.0.lock().instances.values().map(of).collect()
+        self.0.lock().instances.values().filter(|i| i.kv_in_memory).map(of).collect()
     }
 
     /// KV cache and work memory that a device's instances take, `work` each.

@@ -14,9 +14,9 @@ use stoker_store::{
     CheckpointFiles, Delivered, Evicted, Layout, LoadError, LoadReport, Priority, Resident, Store, Watermark,
 };
 use stoker_types::{
-    ByteSize, DeviceMemoryState, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory, NodeSnapshot,
-    Period, Phase, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, TierBytes, Timeline,
-    WorkerState, WorkerStatus, clock,
+    ByteSize, DeviceId, DeviceMemoryState, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory,
+    NodeSnapshot, Period, Phase, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, TierBytes,
+    Timeline, WorkerState, WorkerStatus, clock,
 };
 use tokio::{
     sync::{broadcast, oneshot, watch},
@@ -50,7 +50,7 @@ pub struct Node {
 struct Inner {
     store: Store,
     catalog: Arc<dyn Catalog>,
-    /// By [`stoker_types::DeviceId`]; one without devices.
+    /// By [`DeviceId`]; one without devices.
     places: Vec<Place>,
     instances: Instances,
     memory: Memory,
@@ -158,7 +158,8 @@ impl Node {
     pub async fn start(&self, order: StartOrder) -> Result<Started, StartFailure> {
         let model = order.model.clone();
         let begun = tokio::time::Instant::now();
-        let tenancy = self.inner.instances.begin(&order)?;
+        let in_memory = self.place(order.device).is_some_and(|place| place.slabs.is_none());
+        let tenancy = self.inner.instances.begin(&order, in_memory)?;
         let cancel = tenancy.cancel.clone();
         // Whatever way this future ends before its end, the instance goes.
         let guard = cancel.clone().drop_guard();
@@ -182,8 +183,9 @@ impl Node {
     async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
         let (instance, model) = (order.instance, order.model.clone());
         let failed = |detail: &str| StartFailure::Worker { model: model.clone(), detail: detail.to_owned() };
-        let place = usize::try_from(order.device.0).ok().and_then(|at| self.inner.places.get(at));
-        let place = place.ok_or_else(|| failed(&format!("no device {} on this server", order.device)))?;
+        let place = self
+            .place(order.device)
+            .ok_or_else(|| failed(&format!("no device {} on this server", order.device)))?;
         let (prepared, room) = tokio::join!(self.prepare(&model), self.find_room(&model));
         let prepared = prepared?;
         if place.slabs.is_none() {
@@ -432,6 +434,10 @@ impl Node {
 
     async fn blame(&self) {
         self.inner.memory.blame(self.ours()).await;
+    }
+
+    fn place(&self, device: DeviceId) -> Option<&Place> {
+        self.inner.places.get(usize::try_from(device.0).ok()?)
     }
 
     fn slabs(&self) -> impl Iterator<Item = &Slabs> {

@@ -435,6 +435,46 @@ async fn a_worker_may_serve_before_the_weights_are_there() {
     sim.bed.node.shutdown(Duration::ZERO).await;
 }
 
+#[tokio::test]
+async fn what_is_on_its_way_for_nobody_arrives_for_the_next_or_gives_way() {
+    let sim = Sim::noise(workers("devices::slow_worker"), None);
+    sim.bed.until("two workers are ready", |s| idle(s) == 2).await;
+    sim.start("a").await.unwrap();
+    let loading = |s: &stoker_types::NodeSnapshot| s.workers.iter().any(|w| w.state == WorkerState::Loading);
+    let killed_while_loading = async || {
+        sim.devices[0].pause(true);
+        let (node, order) = (sim.bed.node.clone(), sim.order("b"));
+        let starting = tokio::spawn(async move { node.start(order).await });
+        let snapshot = sim.bed.until("b is loading", loading).await;
+        let worker = snapshot.workers.iter().find(|w| w.state == WorkerState::Loading).unwrap();
+        signal(worker.pid, Signal::KILL);
+        let failure = starting.await.unwrap().unwrap_err();
+        assert!(matches!(failure, StartFailure::Worker { .. }), "{failure}");
+        assert_eq!(sim.bed.node.snapshot().devices[0].cached, ByteSize::mib(4), "the delivery goes on");
+    };
+    killed_while_loading().await;
+    let (node, order) = (sim.bed.node.clone(), sim.order("b"));
+    let joining = tokio::spawn(async move { node.start(order).await });
+    sim.bed.until("another worker waits for it", loading).await;
+    sim.devices[0].pause(false);
+    let joined = joining.await.unwrap().unwrap();
+    assert_eq!(joined.timeline.actual(Phase::SsdRead), None, "{joined:?}");
+    let b = sim.bed.node.snapshot().workers.into_iter().find(|w| w.worker == joined.worker).unwrap();
+    sim.bed.node.stop(b.instance.unwrap().0, StopMode::Now).await.unwrap();
+
+    killed_while_loading().await;
+    let (node, order) = (sim.bed.node.clone(), sim.order("c"));
+    let starting = tokio::spawn(async move { node.start(order).await });
+    let given_way = |s: &stoker_types::NodeSnapshot| s.devices[0].cached == ByteSize::ZERO;
+    sim.bed.until("b makes room", given_way).await;
+    // Nobody has its memory before the copies into it have ended.
+    assert!(!starting.is_finished());
+    sim.devices[0].pause(false);
+    starting.await.unwrap().unwrap();
+    assert_eq!(sim.bed.node.snapshot().devices[0].resident, [name("a"), name("c")]);
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
 /// The next that is said of an instance.
 async fn instance_event(events: &mut tokio::sync::broadcast::Receiver<NodeEvent>) -> NodeEvent {
     loop {
