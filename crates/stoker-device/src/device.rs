@@ -39,6 +39,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
     fn read(&self, slab: &Slab, at: u64, into: &mut [u8]) -> Result<(), DeviceError>;
 
+    /// Sets `len` bytes of a slab from `at` on to zero. Waits.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
+    fn clear(&self, slab: &Slab, at: u64, len: u64) -> Result<(), DeviceError>;
+
     /// The sums of ranges of a slab, `(first byte, bytes)`, computed on the device. Waits. Nothing may write to them meanwhile.
     ///
     /// # Errors

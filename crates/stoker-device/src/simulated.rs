@@ -230,6 +230,16 @@ impl Device for SimulatedDevice {
         Ok(())
     }
 
+    fn clear(&self, slab: &Slab, at: u64, len: u64) -> Result<(), DeviceError> {
+        slab.check_device(self.shared.ordinal)?;
+        slab.check_range(at, len)?;
+        let Memory::Host(memory) = slab.memory() else {
+            return Err(DeviceError::WrongDevice { is: slab.device(), wanted: self.shared.ordinal });
+        };
+        memory.write(at, &vec![0; usize::try_from(len).unwrap_or(usize::MAX)]);
+        Ok(())
+    }
+
     fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError> {
         let sum = |&(at, len): &(u64, u64)| {
             // Before anything is allocated for it.

@@ -448,6 +448,7 @@ impl StepEngine for Engine {
             kv_bytes_used: bytes(usage.used),
             kv_bytes_cached: bytes(usage.cached),
             kv_bytes_max: bytes(usage.capacity),
+            device_bytes: self.model.device_bytes(),
             ..self.stats
         }
     }

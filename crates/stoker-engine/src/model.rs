@@ -32,6 +32,11 @@ pub trait Model: Send {
     /// Bytes of a KV block: keys and values of all layers.
     fn kv_block_bytes(&self) -> u64;
 
+    /// Device memory that it has now, beside the weights; 0 on the CPU.
+    fn device_bytes(&self) -> u64 {
+        0
+    }
+
     /// Takes addresses for `capacity` KV blocks, and no memory yet. What was there of KV is gone.
     ///
     /// # Errors

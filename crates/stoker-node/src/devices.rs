@@ -9,10 +9,7 @@ use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use stoker_device::{Device, DeviceError, Slab, memory_holders};
-use stoker_proto::{
-    DESCRIPTORS_MAX,
-    control::{DeviceSlab, GATE_BYTES},
-};
+use stoker_proto::{DESCRIPTORS_MAX, control::DeviceSlab};
 use stoker_store::{
     CheckpointFiles, Delivered, DeviceTarget, Keep, Layout, LoadError, LoadReport, ModelKey, Priority, Store,
 };
@@ -134,7 +131,7 @@ struct Reading {
 /// Bytes of a device's memory that a model takes at most, of so many tensors in files of `weights` bytes.
 #[must_use]
 pub fn device_bytes_at_most(weights: ByteSize, tensors: u64) -> ByteSize {
-    Layout::at_most(weights, tensors, ByteSize(GATE_BYTES))
+    Layout::at_most(weights, tensors)
 }
 
 // === impl Slabs ===
@@ -175,7 +172,8 @@ impl Slabs {
     ) -> Result<Lease, StartFailure> {
         let model = &files.key().name;
         let _turn = self.inner.turn.lock().await;
-        let (gate, bytes) = layout.with_tail(ByteSize(GATE_BYTES));
+        let layout = layout.announcing(files);
+        let (gate, bytes) = (layout.arrivals().unwrap_or(0), layout.bytes());
         let there = self.join(files.key());
         let needed = if there.is_some() { ByteSize::ZERO } else { bytes };
         let room = self.make_room(model, needed, bytes, wanted, ours).await;
@@ -191,7 +189,13 @@ impl Slabs {
         let slab = {
             let device = Arc::clone(&self.inner.device);
             let granule = ByteSize(bytes.bytes().div_ceil(DESCRIPTORS_MAX as u64).max(GRANULE_MIN));
-            let allocated = tokio::task::spawn_blocking(move || device.allocate(bytes, granule)).await;
+            let allocate = move || {
+                let slab = device.allocate(bytes, granule)?;
+                // Nothing has arrived.
+                device.clear(&slab, gate, bytes.saturating_sub(ByteSize(gate)).bytes())?;
+                Ok(slab)
+            };
+            let allocated = tokio::task::spawn_blocking(allocate).await;
             match allocated {
                 Ok(Ok(slab)) => slab,
                 Ok(Err(error)) => return Err(self.failed(model, &error)),

@@ -21,9 +21,6 @@ use prost::{Message, Oneof};
 /// The node's first byte, which carries the descriptors.
 pub const HANDOVER_BYTE: u8 = b'S';
 
-/// Bytes of a slab behind the weights by which a device's work waits for them.
-pub const GATE_BYTES: u64 = 64 << 10;
-
 /// From the node.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToWorker {
@@ -101,7 +98,8 @@ pub struct DeviceSlab {
     /// First byte of each of the manifest's tensors, in its order.
     #[prost(uint64, repeated, tag = "4")]
     pub tensors: Vec<u64>,
-    /// First byte after the weights that is nobody's: there are [`GATE_BYTES`] from there on, zero at first.
+    /// First of the words behind the weights, of 32 bits, by which a device's work waits for them: one for each chunk of the
+    /// files, one file after the other, zero until what the slab gets of it is there.
     #[prost(uint64, tag = "5")]
     pub gate: u64,
 }

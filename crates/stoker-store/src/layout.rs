@@ -4,7 +4,7 @@
 //! tensor that would come to lie at an address that is no multiple of [`ALIGN`] begins a new piece: a copy may begin at
 //! any byte on both sides at the same speed (measured), so nothing needs to be moved on the host or on the device.
 
-use stoker_checkpoint::Manifest;
+use stoker_checkpoint::{Manifest, manifest::CHUNK_BYTES};
 use stoker_device::Cut;
 use stoker_types::ByteSize;
 
@@ -15,9 +15,6 @@ use crate::{
 
 /// Every tensor's address on the device is a multiple of it, bytes: what vector loads and matrix units want at most.
 pub const ALIGN: u64 = 256;
-
-/// What comes behind the tensors begins at a multiple of it.
-const TAIL_ALIGN: u64 = 64 << 10;
 
 /// What devices allocate at once at most.
 const DEVICE_PAGE: u64 = 2 << 20;
@@ -153,20 +150,16 @@ impl Layout {
         ByteSize(self.bytes)
     }
 
-    /// Bytes of a slab that holds it and `tail` bytes more, which begin at the first of the returned numbers; the second is
-    /// the slab's length, whole pages of every device.
+    /// Bytes that [`Self::announcing`] comes to at most for so many tensors in files of `weights` bytes, in whole pages of every
+    /// device.
     #[must_use]
-    pub fn with_tail(&self, tail: ByteSize) -> (u64, ByteSize) {
-        let at = self.bytes.next_multiple_of(TAIL_ALIGN);
-        (at, ByteSize((at + tail.bytes()).next_multiple_of(DEVICE_PAGE)))
-    }
-
-    /// What [`Self::with_tail`] comes to at most for so many tensors in files of `weights` bytes.
-    #[must_use]
-    pub fn at_most(weights: ByteSize, tensors: u64, tail: ByteSize) -> ByteSize {
+    pub fn at_most(weights: ByteSize, tensors: u64) -> ByteSize {
+        /// Chunks that aren't full are the last of their files: so many files have room.
+        const FILES: u64 = 4096;
         let aligned = weights.bytes().saturating_add(tensors.saturating_mul(ALIGN));
+        let words = (weights.bytes() / CHUNK_BYTES + FILES) * 4;
         let up = |bytes: u64, to: u64| bytes.checked_next_multiple_of(to).unwrap_or(u64::MAX);
-        ByteSize(up(up(aligned, TAIL_ALIGN).saturating_add(tail.bytes()), DEVICE_PAGE))
+        ByteSize(up(up(aligned, ALIGN).saturating_add(words), DEVICE_PAGE))
     }
 
     /// First byte of each tensor, in the order in which they were given.
@@ -238,17 +231,13 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_has_a_page_of_its_own() {
-        let layout = Layout::new([range(0, 8, 512)]);
-        assert_eq!(layout.with_tail(ByteSize(64 << 10)), (64 << 10, ByteSize::mib(2)));
-        let layout = Layout::new([range(0, 0, (2 << 20) - (64 << 10) + 1)]);
-        assert_eq!(layout.with_tail(ByteSize(64 << 10)), (2 << 20, ByteSize::mib(4)));
-        assert_eq!(Layout::at_most(ByteSize(1 << 20), 10, ByteSize(64 << 10)), ByteSize::mib(2));
+    fn what_a_model_takes_at_most_is_known_before_its_tensors_are() {
+        assert_eq!(Layout::at_most(ByteSize(1 << 20), 10), ByteSize::mib(2));
         // Crooked neighbours begin a piece each.
         let crooked = Layout::new((0..8191).map(|i| range(0, i * 513, 513)));
-        let most = Layout::at_most(ByteSize(8191 * 513), 8191, ByteSize(64 << 10));
-        assert!(crooked.bytes() > ByteSize(8191 * 513) && crooked.with_tail(ByteSize(64 << 10)).1 <= most);
-        assert_eq!(Layout::at_most(ByteSize(u64::MAX), 10, ByteSize(64 << 10)), ByteSize(u64::MAX));
+        let most = Layout::at_most(ByteSize(8191 * 513), 8191);
+        assert!(crooked.bytes() > ByteSize(8191 * 513) && crooked.bytes() < most);
+        assert_eq!(Layout::at_most(ByteSize(u64::MAX), 10), ByteSize(u64::MAX));
     }
 
     #[test]

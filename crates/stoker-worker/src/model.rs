@@ -6,7 +6,7 @@ use stoker_checkpoint::Manifest;
 use stoker_device::SimulatedWindow;
 use stoker_engine::{
     Engine, EngineError, EngineLimits, EngineStats, Places, Region, SequenceRequest, StepEngine, StepOutput,
-    SubmitError, Threads, load_model, physical_cores,
+    SubmitError, Threads, gpu::Gpu, load_model, physical_cores,
 };
 use stoker_io::MappedFile;
 use stoker_proto::control::{DeviceSlab, FileSlots, Load};
@@ -14,7 +14,7 @@ use stoker_types::{ByteSize, clock};
 
 use crate::{
     StandIn, WorkerDevice,
-    cuda::{CudaOrder, cuda_engine},
+    cuda::{self, CudaOrder},
     loader::{LoadError, LoadOrder, LoadedModel, Loader},
 };
 
@@ -22,12 +22,17 @@ use crate::{
 /// and the time after which an abort is obeyed.
 const PREFILL_TOKENS_PER_STEP: u32 = 512;
 
+/// Threads that choose tokens while a GPU computes, at most.
+const SAMPLERS: usize = 8;
+
 /// Maps a model's memory and computes with it in place.
 pub(crate) struct ModelLoader {
     pool: OwnedFd,
     device: WorkerDevice,
     /// Started ahead, like everything that needs no model.
     threads: Arc<Threads>,
+    /// Ready ahead, likewise.
+    gpu: Option<Arc<Gpu>>,
     standin: Option<StandIn>,
 }
 
@@ -61,10 +66,19 @@ impl ModelLoader {
         device: WorkerDevice,
         threads: u32,
         standin: Option<StandIn>,
-    ) -> io::Result<Self> {
-        let idle = standin.is_some() || matches!(device, WorkerDevice::Cuda(_));
-        let threads = if idle { 1 } else { count(threads).unwrap_or_else(physical_cores) };
-        Ok(Self { pool, device, threads: Arc::new(Threads::new(threads)?), standin })
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let ordered = count(threads);
+        let threads = match (standin, device) {
+            (Some(_), _) => 1,
+            // They choose tokens.
+            (None, WorkerDevice::Cuda(_)) => ordered.unwrap_or_else(|| physical_cores().min(SAMPLERS)),
+            (None, WorkerDevice::Cpu | WorkerDevice::Simulated) => ordered.unwrap_or_else(physical_cores),
+        };
+        let gpu = match (standin, device) {
+            (None, WorkerDevice::Cuda(ordinal)) => Some(cuda::open(ordinal)?),
+            _ => None,
+        };
+        Ok(Self { pool, device, threads: Arc::new(Threads::new(threads)?), gpu, standin })
     }
 
     /// What computes.
@@ -117,18 +131,22 @@ impl ModelLoader {
     }
 
     fn on_gpu(
-        ordinal: u32,
+        &self,
+        gpu: &Arc<Gpu>,
         order: LoadOrder,
         manifest: Manifest,
         limits: EngineLimits,
     ) -> Result<Box<dyn StepEngine>, LoadError> {
         let LoadOrder { load, granules, landing } = order;
         let Some(slab) = load.slab else {
-            return Err(LoadError::Failed(format!(
-                "a worker of cuda:{ordinal} was given a model in the pool"
-            )));
+            let device = self.device;
+            return Err(LoadError::Failed(format!("a worker of {device} was given a model in the pool")));
         };
-        cuda_engine(CudaOrder { ordinal, manifest: Arc::new(manifest), slab, granules, limits, landing })
+        let chunk_bytes = load.chunk_bytes;
+        let limits =
+            EngineLimits { prefill_tokens_per_step: stoker_engine::gpu::PREFILL_TOKENS_PER_STEP, ..limits };
+        let order = CudaOrder { manifest, slab, granules, chunk_bytes, limits, landing };
+        cuda::engine(gpu, Arc::clone(&self.threads), order)
     }
 }
 
@@ -152,8 +170,8 @@ impl Loader for ModelLoader {
             prefill_tokens_per_step: PREFILL_TOKENS_PER_STEP,
         };
         let begun = clock::now();
-        if let (WorkerDevice::Cuda(ordinal), None) = (self.device, self.standin) {
-            let engine = Self::on_gpu(ordinal, order, manifest, limits)?;
+        if let Some(gpu) = &self.gpu {
+            let engine = self.on_gpu(gpu, order, manifest, limits)?;
             return Ok(LoadedModel { engine, map: Duration::ZERO, init: begun.elapsed() });
         }
         let weights = self.map(&order.load, &order.granules)?;

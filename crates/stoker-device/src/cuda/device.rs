@@ -10,7 +10,7 @@ use stoker_io::{PinError, Pinner};
 use stoker_types::{ByteSize, ChunkSum};
 
 use super::{
-    context::Context,
+    context::{Context, Event, Stream},
     link::{Link, Way},
     memory::Mapping,
     sums::Sums,
@@ -163,6 +163,20 @@ impl Device for CudaDevice {
         // SAFETY: the range was checked, the slab lives, and the call waits for the copy.
         let read = unsafe { sys::cuMemcpyDtoH_v2(into.as_mut_ptr().cast(), slab.address() + at, into.len()) };
         self.context.check("cuMemcpyDtoH", read)
+    }
+
+    fn clear(&self, slab: &Slab, at: u64, len: u64) -> Result<(), DeviceError> {
+        slab.check_device(self.context.ordinal)?;
+        slab.check_range(at, len)?;
+        self.context.bind()?;
+        let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+        let stream = Stream::new(&self.context)?;
+        // SAFETY: the range was checked, and the slab lives until the stream has been waited for.
+        let cleared = unsafe { sys::cuMemsetD8Async(slab.address() + at, 0, bytes, stream.raw) };
+        self.context.check("cuMemsetD8Async", cleared)?;
+        let done = Event::new(&self.context)?;
+        done.record(&stream)?;
+        done.synchronize()
     }
 
     fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError> {

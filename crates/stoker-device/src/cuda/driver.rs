@@ -16,7 +16,7 @@ const LIBRARIES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Every function that this crate calls. cudarc looks a function up when it is first called, and panics when there is
 /// none: so each is looked up before.
-const SYMBOLS: [&str; 55] = [
+const SYMBOLS: [&str; 56] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -62,6 +62,7 @@ const SYMBOLS: [&str; 55] = [
     "cuMemFreeHost",
     "cuMemcpyDtoHAsync_v2",
     "cuMemsetD32Async",
+    "cuMemsetD8Async",
     "cuStreamBatchMemOp_v2",
     "cuStreamWriteValue32_v2",
     "cuStreamSynchronize",

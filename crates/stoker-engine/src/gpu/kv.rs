@@ -52,6 +52,11 @@ impl GpuKv {
         }
     }
 
+    /// Bytes that have memory.
+    pub(super) fn bytes(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |memory| memory.bytes().bytes())
+    }
+
     /// The address of the first block.
     pub(super) fn address(&self) -> u64 {
         self.memory.as_ref().map_or(0, GrowingMemory::address)

@@ -459,6 +459,10 @@ impl Model for GpuLlama {
         self.kv.block_bytes()
     }
 
+    fn device_bytes(&self) -> u64 {
+        self.kv.bytes() + self.small.memory.bytes().bytes()
+    }
+
     fn open_kv(&mut self, capacity: usize) -> Result<(), EngineError> {
         self.kv.open(&self.gpu.device, capacity, self.kv_ahead)
     }
