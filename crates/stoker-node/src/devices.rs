@@ -173,7 +173,7 @@ impl Slabs {
         let model = &files.key().name;
         let _turn = self.inner.turn.lock().await;
         let layout = layout.announcing(files);
-        let (gate, bytes) = (layout.arrivals().unwrap_or(0), layout.bytes());
+        let (gate, bytes) = (layout.arrivals().unwrap_or(0), layout.slab_bytes());
         let there = self.join(files.key());
         let needed = if there.is_some() { ByteSize::ZERO } else { bytes };
         let room = self.make_room(model, needed, bytes, wanted, ours).await;

@@ -236,6 +236,7 @@ impl Node {
             instance: instance.0,
             generation: generation.0,
             manifest_json,
+            chunk_bytes: files.chunk_bytes(),
             context: *context,
             sequences_max: *sequences_max,
             kv_bytes: kv_bytes.bytes(),
@@ -244,7 +245,6 @@ impl Node {
         };
         let Some(slabs) = &place.slabs else {
             let resident = self.bring_in(model, &files, Priority::Demand, drop).await?;
-            load.chunk_bytes = self.inner.store.chunk_bytes();
             load.files = file_slots(&resident);
             let origin = Origin::Pool(resident.report().clone());
             let weights = Weights::Pool { _resident: resident };

@@ -60,7 +60,7 @@ pub struct Load {
     /// The manifest, as `stoker.json` has it (configuration and tensor index).
     #[prost(bytes = "bytes", tag = "3")]
     pub manifest_json: bytes::Bytes,
-    /// Bytes of a pool chunk.
+    /// Bytes of a chunk of a file, in the pool and for a gate.
     #[prost(uint64, tag = "4")]
     pub chunk_bytes: u64,
     /// The weight files in the manifest's order; none with [`Self::slab`].

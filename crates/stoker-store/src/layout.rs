@@ -133,6 +133,12 @@ impl Layout {
         Self { bytes: words + 4 * files.chunks(), arrivals: Some(words), ..self }
     }
 
+    /// Bytes of a slab for it: whole pages of every device.
+    #[must_use]
+    pub fn slab_bytes(&self) -> ByteSize {
+        ByteSize(self.bytes.checked_next_multiple_of(DEVICE_PAGE).unwrap_or(u64::MAX))
+    }
+
     /// First byte of the words that say which chunks are there, if it has any.
     #[must_use]
     pub fn arrivals(&self) -> Option<u64> {
@@ -150,8 +156,7 @@ impl Layout {
         ByteSize(self.bytes)
     }
 
-    /// Bytes that [`Self::announcing`] comes to at most for so many tensors in files of `weights` bytes, in whole pages of every
-    /// device.
+    /// What [`Self::slab_bytes`] comes to at most for so many tensors in files of `weights` bytes, words included.
     #[must_use]
     pub fn at_most(weights: ByteSize, tensors: u64) -> ByteSize {
         /// Chunks that aren't full are the last of their files: so many files have room.

@@ -1,0 +1,155 @@
+"""A server on a GPU, on a machine that has one: the same answers as on the CPU, swaps, killed workers, memory that comes back;
+then first tokens of LLaMA-2-7B shapes through the whole server. Run by scripts/gpu/serve.
+
+    python3 serve.py STOKER DATA SCRATCH [OUT]
+"""
+
+import concurrent.futures
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+stoker, data, scratch = (pathlib.Path(p).resolve() for p in sys.argv[1:4])
+out = pathlib.Path(sys.argv[4] if len(sys.argv) > 4 else ".")
+os.environ["STOKER_TEST_BINARY"] = str(stoker)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from stoker_server import Server  # noqa: E402
+
+KINDS = {"a": "tiny-llama", "b": "tiny-llama3", "c": "tiny-mistral"}
+failures = []
+report = {}
+
+
+def check(right: bool, what: str):
+    print("ok   " if right else "WRONG", what, flush=True)
+    if not right:
+        failures.append(what)
+
+
+def post(server, body, first=False):
+    """The answer, or with `first` the seconds until the first token and until each of the others."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    begun = time.perf_counter()
+    connection.request(
+        "POST", "/v1/completions", json.dumps({**body, "stream": first}), {"content-type": "application/json"}
+    )
+    response = connection.getresponse()
+    if response.status != 200 or not first:
+        answer = response.read()
+        assert response.status == 200, answer[:600]
+        return json.loads(answer)
+    times = []
+    while line := response.readline():
+        if line.startswith(b"data: {"):
+            if b'"error"' in line:
+                raise RuntimeError(line.decode())
+            times.append(time.perf_counter() - begun)
+    return times
+
+
+def text(server, model, prompt, tokens=16):
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "seed": 1}
+    return post(server, body)["choices"][0]["text"]
+
+
+def free_memory() -> int:
+    """MiB of the first GPU, as the driver counts."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+
+
+def until(what, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)  # the interval of asking
+    return True
+
+
+def small_models():
+    config = "".join(f'[models.{name}]\npath = "{data}/{kind}"\ncontext = 64\n' for name, kind in KINDS.items())
+    asked = [(name, prompt) for name in KINDS for prompt in ("abc", "x y z", "hello there")]
+    with Server(config, ("--devices", "cpu", "--dram", "256MiB", "--kv", "256MiB")) as server:
+        expected = {key: text(server, *key) for key in asked}
+    used = free_memory()
+    with Server(config, ("--devices", "cuda:0", "--dram", "256MiB")) as server:
+        check(all(text(server, *key) == expected[key] for key in asked), "fp32 models answer on the GPU as on the CPU")
+        with concurrent.futures.ThreadPoolExecutor(12) as threads:
+            right = threads.map(lambda n: text(server, *asked[n % 9]) == expected[asked[n % 9]], range(120))
+            check(all(right), "120 answers among others are those alone")
+        before = server.metric("stoker_node_device_copied_bytes_total", device="cuda:0")
+        pids = {i["pid"] for i in server.json("ps")["instances"]}
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not pids & {i["pid"] for i in server.json("ps")["instances"]})
+        check(all(text(server, *key) == expected[key] for key in asked), "killed workers' models answer again")
+        after = server.metric("stoker_node_device_copied_bytes_total", device="cuda:0")
+        check(after == before > 0, f"nothing was copied for it ({after - before:.0f} bytes)")
+        print(server.command("ps").stdout)
+    check(until(lambda: abs(free_memory() - used) <= 1), f"GPU memory is back: {used} MiB before, {free_memory()} after")
+
+
+def large_model():
+    made = scratch / "stoker" / "bench" / "synth-llama-2-7b"
+    if not made.exists():
+        subprocess.run(
+            [stoker, "bench", "load", "--model", "synth:llama-2-7b", "--device", "none", "--tier", "ssd", "--warm",
+             "--ring", "256MiB", "--runs", "1", "--keep-files"],
+            env={**os.environ, "XDG_DATA_HOME": str(scratch)}, check=True, capture_output=True,
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(data / "tiny-llama" / name, made / name)
+    config = f'[models.m]\npath = "{made}"\ncontext = 2048\n'
+    with Server(config, ("--devices", "cuda:0", "--dram", "20GiB")) as server:
+        letters = "abcdefghijklmnopqrstuvwxyz"
+
+        def ask(n, length, tokens=1):
+            # Another beginning each time, so that nothing comes from the prefix cache.
+            prompt = "".join(letters[(i * 7 + i // 26 + n * 5) % 26] for i in range(length))
+            return {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+
+        length = 128
+        usage = post(server, ask(0, length))["usage"]["prompt_tokens"]
+        length = max(1, round(length * 128 / usage))
+        usage = post(server, ask(1, length))["usage"]["prompt_tokens"]
+        print("prompt tokens:", usage)
+        warm, cold, killed = [], [], []
+        for n in range(10):
+            warm.append(post(server, ask(10 + n, length), True)[0])
+        for n in range(6):
+            server.command("unload", "m")
+            until(lambda: not server.json("ps")["instances"])
+            cold.append(post(server, ask(30 + n, length), True)[0])
+        for n in range(4):
+            (instance,) = server.json("ps")["instances"]
+            os.kill(instance["pid"], signal.SIGKILL)
+            until(lambda: instance["pid"] not in {i["pid"] for i in server.json("ps")["instances"]})
+            killed.append(post(server, ask(50 + n, length), True)[0])
+        times = post(server, ask(70, length, 128), True)
+        per_token = statistics.median(b - a for a, b in zip(times, times[1:])) if len(times) > 2 else float("nan")
+        ms = lambda seconds: [round(s * 1e3, 1) for s in seconds]
+        report.update(
+            prompt_tokens=usage, warm_ms=ms(warm), cold_ms=ms(cold), after_kill_ms=ms(killed),
+            token_ms=round(per_token * 1e3, 2), tokens=len(times),
+        )
+        explained = server.command("explain", "m").stdout
+        print(explained)
+        print(server.command("ps").stdout)
+    for name in ("warm_ms", "cold_ms", "after_kill_ms"):
+        print(f"{name:14} median {statistics.median(report[name]):.1f}  all {report[name]}")
+    print(f"token_ms       {report['token_ms']} over {report['tokens']} tokens")
+
+
+small_models()
+large_model()
+(out / "serve.json").write_text(json.dumps(report, indent=1))
+print("FAILED: " + "; ".join(failures) if failures else "all right")
+sys.exit(bool(failures))
