@@ -1,5 +1,5 @@
 //! `stoker bench load --tier remote`: a remote store to DRAM with checksums, with and without a copy on SSD as it passes,
-//! beside what the store's own client reaches against the same server.
+//! in turns with what the store's own client reaches against the same server.
 
 use std::{
     io,
@@ -20,7 +20,11 @@ use stoker_store::{
 use stoker_types::{ByteSize, BytesPerSec, ModelName, RemoteObject, Tier, clock};
 use tokio_util::sync::CancellationToken;
 
-use super::{Spread, load::cpu_time};
+use super::{
+    Spread,
+    load::cpu_time,
+    plot::{self, Bar},
+};
 use crate::{cli::BenchLoadArgs, config::Config, library::Library, output::Output};
 
 #[derive(Debug, Serialize)]
@@ -29,9 +33,6 @@ struct Report {
     bytes: u64,
     checksums: &'static str,
     reader: String,
-    limit_bytes_per_s: f64,
-    limit_min_bytes_per_s: f64,
-    limit_max_bytes_per_s: f64,
     limit_concurrency: usize,
     limit_range_bytes: u64,
     remote_to_dram: Rates,
@@ -44,7 +45,14 @@ struct Report {
 struct Rates {
     load_ms: Spread,
     rate_bytes_per_s: f64,
+    /// Of the fetches that took turns with the loads: their median, slowest and fastest.
+    limit_bytes_per_s: f64,
+    limit_min_bytes_per_s: f64,
+    limit_max_bytes_per_s: f64,
+    /// Median of each load's share of the fetch that followed it: what else the machine does meets both.
     percent_of_limit: f64,
+    percent_of_limit_min: f64,
+    percent_of_limit_max: f64,
     cpu_seconds_per_gb: f64,
 }
 
@@ -55,6 +63,7 @@ const FILL_ROOM: ByteSize = ByteSize::mib(256);
 #[derive(Default)]
 struct Runs {
     times: Vec<Duration>,
+    limits: Vec<BytesPerSec>,
     cpu: Duration,
     landed: Vec<Duration>,
 }
@@ -121,7 +130,6 @@ async fn run(
             ..StoreConfig::new(files.pool_bytes() + FILL_ROOM)
         })
     };
-    let mut limits = Vec::new();
     let mut runs = [Runs::default(), Runs::default()];
     let mut reader = String::new();
     for (kind, runs) in runs.iter_mut().enumerate() {
@@ -147,52 +155,47 @@ async fn run(
                 runs.times.push(took);
                 runs.cpu += cpu;
                 runs.landed.push(begun.elapsed());
-                limits.push(raw.fetch(stores, &objects).await?.0);
+                runs.limits.push(raw.fetch(stores, &objects).await?);
             }
         }
     }
     drop(made);
 
-    let limits = Spread::of(limits);
-    #[expect(clippy::cast_precision_loss, reason = "for people")]
-    let gigabytes = bytes.bytes() as f64 / 1e9 * f64::from(args.runs);
-    let rates = |runs: &Runs| {
-        let load_ms = Spread::ms(&runs.times);
-        let rate = BytesPerSec::of(bytes, Duration::from_secs_f64(load_ms.p50 / 1e3)).0;
-        Rates {
-            load_ms,
-            rate_bytes_per_s: rate,
-            percent_of_limit: 100.0 * rate / limits.p50,
-            cpu_seconds_per_gb: runs.cpu.as_secs_f64() / gigabytes,
-        }
-    };
+    let [to_dram, to_dram_and_ssd] = [runs[0].rates(bytes), runs[1].rates(bytes)];
     let report = Report {
         model: url,
         bytes: bytes.bytes(),
         checksums: "crc-64/nvme",
         reader,
-        limit_bytes_per_s: limits.p50,
-        limit_min_bytes_per_s: limits.min,
-        limit_max_bytes_per_s: limits.max,
         limit_concurrency: raw.concurrency,
         limit_range_bytes: raw.range.bytes(),
-        remote_to_dram: rates(&runs[0]),
-        remote_to_dram_and_ssd: rates(&runs[1]),
+        remote_to_dram: to_dram,
+        remote_to_dram_and_ssd: to_dram_and_ssd,
         landed_ms: Spread::ms(&runs[1].landed),
     };
+    if let Some(path) = &args.plot {
+        let rows = [("", &report.remote_to_dram), (", copied to SSD", &report.remote_to_dram_and_ssd)];
+        let bars: Vec<_> = rows.into_iter().flat_map(|(what, rates)| rates.bars(bytes, what)).collect();
+        plot::bars(path, &format!("{} to DRAM", report.model), &bars)?;
+    }
     output.show(&report, |r| {
         let line = |rates: &Rates| {
             format!(
-                "{} median of {}; {:.0} % of the limit; {:.2} s CPU per GB",
+                "{} median of {}; limit {} ({} to {}); {:.0} % of it ({:.0} to {:.0}); {:.2} s CPU per GB",
                 BytesPerSec(rates.rate_bytes_per_s),
                 args.runs,
+                BytesPerSec(rates.limit_bytes_per_s),
+                BytesPerSec(rates.limit_min_bytes_per_s),
+                BytesPerSec(rates.limit_max_bytes_per_s),
                 rates.percent_of_limit,
+                rates.percent_of_limit_min,
+                rates.percent_of_limit_max,
                 rates.cpu_seconds_per_gb
             )
         };
         format!(
             "{}: {}, reader {}, checksums {}\n\
-             limit                  {} ({} to {}): the client alone, {} ranges of {} at a time, into memory\n\
+             limit                  the client alone, {} ranges of {} at a time, into memory, in turns with the loads\n\
              remote -> DRAM         {}\n\
              remote -> DRAM and SSD {}\n\
              copy on SSD            whole and durable after {:.0} ms median",
@@ -200,9 +203,6 @@ async fn run(
             ByteSize(r.bytes),
             r.reader,
             r.checksums,
-            BytesPerSec(r.limit_bytes_per_s),
-            BytesPerSec(r.limit_min_bytes_per_s),
-            BytesPerSec(r.limit_max_bytes_per_s),
             r.limit_concurrency,
             ByteSize(r.limit_range_bytes),
             line(&r.remote_to_dram),
@@ -210,6 +210,52 @@ async fn run(
             r.landed_ms.p50,
         )
     })
+}
+
+// === impl Runs ===
+
+impl Runs {
+    fn rates(&self, bytes: ByteSize) -> Rates {
+        let rate = |took: Duration| BytesPerSec::of(bytes, took).0;
+        let load_ms = Spread::ms(&self.times);
+        let limits = Spread::of(self.limits.iter().map(|limit| limit.0));
+        let pairs = self.times.iter().zip(&self.limits);
+        let shares = Spread::of(pairs.map(|(took, limit)| 100.0 * rate(*took) / limit.0));
+        #[expect(clippy::cast_precision_loss, reason = "for people")]
+        let gigabytes = bytes.bytes() as f64 / 1e9 * self.times.len() as f64;
+        Rates {
+            load_ms,
+            rate_bytes_per_s: rate(Duration::from_secs_f64(load_ms.p50 / 1e3)),
+            limit_bytes_per_s: limits.p50,
+            limit_min_bytes_per_s: limits.min,
+            limit_max_bytes_per_s: limits.max,
+            percent_of_limit: shares.p50,
+            percent_of_limit_min: shares.min,
+            percent_of_limit_max: shares.max,
+            cpu_seconds_per_gb: self.cpu.as_secs_f64() / gigabytes,
+        }
+    }
+}
+
+// === impl Rates ===
+
+impl Rates {
+    fn bars(&self, bytes: ByteSize, what: &str) -> [Bar; 2] {
+        let rate = |ms: f64| BytesPerSec::of(bytes, Duration::from_secs_f64(ms / 1e3));
+        let load = Bar {
+            label: format!("load with checksums{what}"),
+            rate: BytesPerSec(self.rate_bytes_per_s),
+            spread: Some((rate(self.load_ms.max), rate(self.load_ms.min))),
+            is_limit: false,
+        };
+        let limit = Bar {
+            label: "the client alone, in turns with it".to_owned(),
+            rate: BytesPerSec(self.limit_bytes_per_s),
+            spread: Some((BytesPerSec(self.limit_min_bytes_per_s), BytesPerSec(self.limit_max_bytes_per_s))),
+            is_limit: true,
+        };
+        [load, limit]
+    }
 }
 
 /// A directory that goes with its value.
@@ -259,4 +305,28 @@ fn describe(objects: &[RemoteObject]) -> anyhow::Result<CheckpointFiles> {
     };
     let files = objects.iter().map(file).collect();
     Ok(CheckpointFiles::new(ModelName::new("bench")?, files, Trust::None, CHUNK_BYTES, [])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_load_is_compared_with_the_fetch_beside_it() {
+        let bytes = ByteSize(1_000_000_000);
+        // The machine was busy in the second round: load and fetch were slow alike.
+        let runs = Runs {
+            times: [1, 10, 1].map(Duration::from_secs).into(),
+            limits: [1e9, 1e8, 2e9].map(BytesPerSec).into(),
+            cpu: Duration::from_secs(6),
+            landed: Vec::new(),
+        };
+        let rates = runs.rates(bytes);
+        assert!((rates.percent_of_limit - 100.0).abs() < 1e-9, "{rates:?}");
+        assert!((rates.percent_of_limit_min - 50.0).abs() < 1e-9, "{rates:?}");
+        assert!((rates.cpu_seconds_per_gb - 2.0).abs() < 1e-9, "{rates:?}");
+        let [load, limit] = rates.bars(bytes, "");
+        assert!(!load.is_limit && limit.is_limit);
+        assert!(load.rate.0 <= load.spread.unwrap().1.0 && load.rate.0 >= load.spread.unwrap().0.0);
+    }
 }
