@@ -6,7 +6,7 @@ use object_store::client::{HttpError, HttpErrorKind};
 use stoker_io::ReadError;
 use stoker_types::ByteSize;
 
-use crate::client::{Answered, NoCredentials, last_cause};
+use crate::client::{Answered, BadRedirect, NoCredentials, last_cause};
 
 /// Longest part of a server's answer that is shown.
 const WORDS_MAX: usize = 200;
@@ -67,6 +67,23 @@ pub enum RemoteError {
         /// How much may be.
         max: ByteSize,
     },
+    /// There are no parts to be had: only all of it in one answer.
+    #[error(
+        "{url}: the server gives files only as a whole, and a model is read in parts; `stoker pull` takes it whole"
+    )]
+    NoRanges {
+        /// The address.
+        url: String,
+    },
+    /// Parts of one version can't be told from parts of another.
+    #[error(
+        "{url}: the server names neither an ETag nor a time of the last change, so that parts of different versions could \
+         be mixed; `stoker pull` takes it whole"
+    )]
+    NoVersion {
+        /// The address.
+        url: String,
+    },
     /// The store answers in a way that can't be worked with.
     #[error("{url}: {detail}")]
     Unusable {
@@ -97,11 +114,22 @@ pub(crate) enum Trouble {
         /// The server asks for fewer requests.
         throttled: bool,
     },
+    /// No connection. Another try may get one.
+    Unreachable {
+        /// Why.
+        why: String,
+    },
 }
 
 // === impl RemoteError ===
 
 impl RemoteError {
+    /// Whether the object can only be fetched as a whole, in one answer.
+    #[must_use]
+    pub const fn is_whole_only(&self) -> bool {
+        matches!(self, Self::NoRanges { .. } | Self::NoVersion { .. })
+    }
+
     /// As a reader's error; `at` is where in the object it read.
     pub(crate) fn into_read(self, at: u64) -> ReadError {
         let detail = self.to_string();
@@ -140,6 +168,12 @@ impl Trouble {
         if find::<NoCredentials>(error).is_some() {
             return Self::Final(RemoteError::Refused { url: url(), detail: last_cause(error) });
         }
+        if find::<BadRedirect>(error).is_some() {
+            return Self::Final(RemoteError::Unusable { url: url(), detail: last_cause(error) });
+        }
+        if find::<reqwest::Error>(error).is_some_and(reqwest::Error::is_connect) {
+            return Self::Unreachable { why: last_cause(error) };
+        }
         match error {
             Error::NotFound { .. } => Self::Final(RemoteError::NotFound { url: url() }),
             Error::Precondition { .. } => {
@@ -149,6 +183,7 @@ impl Trouble {
                 Self::Final(RemoteError::Refused { url: url(), detail: words(error) })
             }
             Error::Generic { .. } => Self::of_generic(url(), error, answered),
+            Error::NotSupported { .. } => Self::Final(RemoteError::NoRanges { url: url() }),
             _ => Self::Final(RemoteError::Unusable { url: url(), detail: last_cause(error) }),
         }
     }
@@ -166,9 +201,7 @@ impl Trouble {
             Some(416) => Self::Final(RemoteError::Changed { url, detail: "it is shorter".into() }),
             Some(429 | 503) => transient(true),
             // The whole object instead of a range of it.
-            Some(200) if find::<HttpError>(error).is_none() => {
-                unusable(format!("the server doesn't give parts of files: {}", last_cause(error)))
-            }
+            Some(200) if find::<HttpError>(error).is_none() => Self::Final(RemoteError::NoRanges { url }),
             Some(300..=407 | 409..=499) => unusable(words(error)),
             // No answer, a broken one, or 408 and 5xx.
             _ => transient(false),

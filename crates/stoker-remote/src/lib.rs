@@ -14,7 +14,7 @@ mod patience;
 mod reader;
 mod stores;
 
-pub use client::{TlsError, http_client};
+pub use client::{TlsError, http_client, redirect_target, token_may_follow};
 pub use error::RemoteError;
 pub use measure::RawFetch;
 pub use patience::Patience;

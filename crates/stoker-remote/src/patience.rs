@@ -72,6 +72,7 @@ impl Left {
         let (why, after) = match trouble {
             Trouble::Final(error) => return Err(error),
             Trouble::Transient { why, after, .. } => (why, after),
+            Trouble::Unreachable { why } => (why, None),
         };
         let Patience { tries, total, backoff, backoff_max, progress_bytes, .. } = self.patience;
         let now = Instant::now();

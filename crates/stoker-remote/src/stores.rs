@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt, future::Future, ops::Range, sync::Arc, time
 
 use futures::TryStreamExt;
 use object_store::{
-    ClientOptions, GetOptions, ObjectMeta, ObjectStore, RetryConfig,
+    ClientOptions, GetOptions, GetRange, ObjectMeta, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
@@ -23,15 +23,12 @@ use tokio::{
 use url::Url;
 
 use crate::{
-    client::{Answered, Connector, Noted, TlsError, http_client},
+    client::{Answered, Bearer, Connector, Noted, TlsError, http_client},
     error::{RemoteError, Trouble},
     limit::Bandwidth,
     patience::Patience,
     reader::{RemoteReader, fill},
 };
-
-/// Redirects that are followed: a hub's address leads to its storage.
-const REDIRECTS_MAX: usize = 10;
 
 /// Objects below a prefix beyond which a listing is given up: no model has so many files.
 const LISTED_MAX: usize = 10_000;
@@ -42,7 +39,7 @@ pub struct RemoteOptions {
     /// Credentials and settings, by the names that the stores' own tools have for them in the environment, in lower case:
     /// `aws_access_key_id`, `google_application_credentials`, `azure_storage_account_name`. Others are ignored.
     pub settings: Vec<(String, String)>,
-    /// A token for one host of plain HTTP.
+    /// A token for one origin of plain HTTP.
     pub bearer: Option<BearerToken>,
     /// Cap on the bytes a second of all reads together.
     pub bandwidth: Option<BytesPerSec>,
@@ -56,11 +53,11 @@ pub struct RemoteOptions {
     pub threads: usize,
 }
 
-/// Sent to one host alone, redirects from there excepted.
+/// Sent to one origin (scheme, host and port) alone; see [`crate::token_may_follow`] for redirects from there.
 #[derive(Clone)]
 pub struct BearerToken {
-    /// The host.
-    pub host: String,
+    /// An address of that origin.
+    pub endpoint: Url,
     /// The token.
     pub token: String,
 }
@@ -171,11 +168,11 @@ impl RemoteStores {
     pub fn new(options: RemoteOptions) -> Result<Self, TlsError> {
         let RemoteOptions { settings, bearer, bandwidth, reads_max, connect_timeout, patience, threads } =
             options;
-        let client = http_client(connect_timeout, Policy::limited(REDIRECTS_MAX))?;
-        let bearer = bearer.and_then(|BearerToken { host, token }| {
+        let client = http_client(connect_timeout, Policy::none())?;
+        let bearer = bearer.and_then(|BearerToken { endpoint, token }| {
             let mut value = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
             value.set_sensitive(true);
-            Some((host, value))
+            Some(Bearer { origin: endpoint.origin(), value })
         });
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(threads.max(1))
@@ -198,19 +195,22 @@ impl RemoteStores {
         })
     }
 
-    /// What is at an address now. Cancel-safe.
+    /// What is at an address now. A host that can't be reached is given up at once. Cancel-safe.
     ///
     /// # Errors
     /// [`RemoteError`].
     pub async fn head(&self, url: &str) -> Result<RemoteObject, RemoteError> {
         let at = self.inner.locate(url)?;
         self.run(at, async |at: Located| {
-            let noted = Noted::default();
-            let mut options = GetOptions { head: true, ..GetOptions::default() };
-            options.extensions.insert(noted.clone());
-            let answer = at.host.store.get_opts(&at.path, options).await;
-            let answer = answer.map_err(|e| Trouble::of(&at.url, &e, noted.answered()))?;
-            Ok(object_of(at.url, &answer.meta))
+            let (asked, status) = describe(&at, GetOptions { head: true, ..GetOptions::default() }).await;
+            // Many a server of files knows no HEAD, gives no length with it, or redirects to an address that is signed for
+            // reading alone.
+            let refused = matches!(&asked, Err(Trouble::Final(_))) && status.is_some_and(|s| s != 404);
+            if !refused || Self::can_list(&at.url) {
+                return asked;
+            }
+            let first = GetRange::Bounded(0..1);
+            describe(&at, GetOptions { range: Some(first), ..GetOptions::default() }).await.0
         })
         .await
     }
@@ -302,7 +302,8 @@ impl RemoteStores {
         self.inner.handle.spawn(future)
     }
 
-    /// Does something on this value's own runtime, again and again within its patience.
+    /// Does something on this value's own runtime, again and again within its patience. A host that can't be reached has
+    /// none: whoever asks may know another.
     async fn run<T, F>(
         &self,
         at: Located,
@@ -315,10 +316,14 @@ impl RemoteStores {
         let inner = Arc::clone(&self.inner);
         let url = at.url.clone();
         let task = self.inner.handle.spawn(async move {
-            let mut left = inner.patience.begin();
+            let (mut left, begun) = (inner.patience.begin(), Instant::now());
             loop {
                 let trouble = match tokio::time::timeout(inner.patience.idle, action(at.clone())).await {
                     Ok(Ok(value)) => return Ok(value),
+                    Ok(Err(Trouble::Unreachable { why: last })) => {
+                        let elapsed = begun.elapsed();
+                        return Err(RemoteError::Unavailable { url: at.url, tries: 1, elapsed, last });
+                    }
                     Ok(Err(trouble)) => trouble,
                     Err(_) => Trouble::silent(inner.patience.idle),
                 };
@@ -344,6 +349,18 @@ impl fmt::Debug for RemoteStores {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RemoteStores").finish_non_exhaustive()
     }
+}
+
+/// What a request says of an object, and the status of the answer.
+async fn describe(at: &Located, mut options: GetOptions) -> (Result<RemoteObject, Trouble>, Option<u16>) {
+    let noted = Noted::default();
+    options.extensions.insert(noted.clone());
+    let answer = at.host.store.get_opts(&at.path, options).await;
+    let object = match answer {
+        Ok(answer) => Ok(object_of(at.url.clone(), &answer.meta)),
+        Err(error) => Err(Trouble::of(&at.url, &error, noted.answered())),
+    };
+    (object, noted.answered().status.map(|status| status.as_u16()))
 }
 
 fn object_of(url: String, meta: &ObjectMeta) -> RemoteObject {
