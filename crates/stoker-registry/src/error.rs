@@ -195,6 +195,14 @@ pub enum SourceError {
     /// A remote store.
     #[error(transparent)]
     Remote(Box<stoker_remote::RemoteError>),
+    /// The copy didn't become whole.
+    #[error("{why}{}", if *resumes { "\n  what has arrived is kept: the same command goes on from there" } else { "" })]
+    NotCopied {
+        /// Why.
+        why: String,
+        /// Whether what has arrived is of use for the next try.
+        resumes: bool,
+    },
     /// The files arrived and are no model.
     #[error(transparent)]
     NotAModel(#[from] CheckpointError),

@@ -9,6 +9,8 @@ use reqwest::{
     redirect::Policy,
 };
 
+use stoker_remote::{redirect_target, token_may_follow};
+
 use crate::{error::SourceError, source::without_credentials};
 
 const REDIRECTS_MAX: usize = 10;
@@ -114,7 +116,10 @@ impl Remote {
     }
 
     /// The hub's address.
-    pub(crate) fn hub(&self) -> Result<Url, SourceError> {
+    ///
+    /// # Errors
+    /// [`SourceError::Malformed`]: the configured one is none.
+    pub fn hub(&self) -> Result<Url, SourceError> {
         base(self.config.hub_endpoint.as_deref(), "hf", "co", "")
     }
 
@@ -132,18 +137,12 @@ impl Remote {
             if !response.status().is_redirection() {
                 return check(response);
             }
-            let location = response.headers().get(LOCATION).and_then(|l| l.to_str().ok());
-            let next = location.and_then(|l| url.join(l).ok()).filter(|next| {
-                // Never from a protected connection to an open one.
-                next.scheme() == "https" || (next.scheme() == "http" && url.scheme() == "http")
-            });
-            let Some(next) = next else {
+            let location = response.headers().get(LOCATION);
+            let Some(next) = location.and_then(|location| redirect_target(&url, location)) else {
                 let problem = "a redirect to nowhere".to_owned();
                 return Err(Trouble::Final(SourceError::Malformed { what: shown(&url), problem }));
             };
-            // A hub's short name redirects to its full one, same path; its storage, elsewhere, gets no token.
-            with_token &=
-                next.origin() == url.origin() || (next.path() == url.path() && next.query() == url.query());
+            with_token &= token_may_follow(&url, &next);
             url = next;
         }
         let problem = format!("more than {REDIRECTS_MAX} redirects");

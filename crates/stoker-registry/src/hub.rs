@@ -44,7 +44,7 @@ struct Lfs {
     sha256: Option<String>,
 }
 
-/// Fetches a model from the hub into `stage`.
+/// Fetches a model from the hub into `stage`, each file in one stream.
 pub(crate) async fn fetch(
     remote: &Remote,
     repository: &str,
@@ -54,37 +54,17 @@ pub(crate) async fn fetch(
     stage: &Path,
     progress: &dyn PullProgress,
 ) -> Result<Fetched, Stop> {
-    let base = remote.hub()?;
-    let pinned = revision.filter(|r| r.len() == 40 && r.bytes().all(|b| b.is_ascii_hexdigit()));
-    // One file at a known commit needs no question; everything else is pinned to a commit first.
-    let (commit, files) = match (pinned, file) {
-        (Some(commit), Some(file)) if parts_of(file).is_none() => {
-            (commit.to_owned(), vec![Sibling { rfilename: file.to_owned(), size: None, lfs: None }])
-        }
-        _ => {
-            let listing = list(remote, &base, repository, revision.unwrap_or("main")).await?;
-            let files = choose(repository, &listing.siblings, file)?;
-            (listing.sha, files)
-        }
-    };
+    let Listed { commit, files } = objects(remote, repository, revision, file).await?;
     let mut arrived = Vec::new();
-    for sibling in &files {
-        let name = local_name(&sibling.rfilename)?;
-        let listed = sibling.lfs.as_ref().and_then(|lfs| lfs.sha256.as_deref());
-        let expected = if files.len() == 1 { sha256.or(listed) } else { listed };
-        let mut get = Get::new(join(&base, &format!("{repository}/resolve/{commit}/{}", sibling.rfilename))?);
+    for HubFile { name, url, len, sha256: listed } in &files {
+        let expected = if files.len() == 1 { sha256.or(listed.as_deref()) } else { listed.as_deref() };
+        let mut get = Get::new(url.clone());
         get.with_token = true;
-        let job = Job {
-            get,
-            span: None,
-            part: stage.join(format!("{name}.part")),
-            label: &name,
-            sha256: expected,
-            checked_later: false,
-            total: sibling.size,
-        };
+        let part = stage.join(format!("{name}.part"));
+        let job =
+            Job { get, span: None, part, label: name, sha256: expected, checked_later: false, total: *len };
         let finished = download(remote, &job, progress).await?;
-        arrived.push(Arrived { name, finished });
+        arrived.push(Arrived { name: name.clone(), finished });
     }
     Ok(Fetched { files: arrived, revision: Some(commit) })
 }
@@ -92,8 +72,17 @@ pub(crate) async fn fetch(
 /// The files of a model, where they are.
 pub(crate) struct Listed {
     pub(crate) commit: String,
-    /// Name in the model's directory, address at that commit, SHA-256 where the hub knows it.
-    pub(crate) files: Vec<(String, String, Option<String>)>,
+    pub(crate) files: Vec<HubFile>,
+}
+
+/// A file at a commit.
+pub(crate) struct HubFile {
+    /// In the model's directory.
+    pub(crate) name: String,
+    pub(crate) url: Url,
+    /// Bytes and hash, where the hub says them.
+    pub(crate) len: Option<u64>,
+    pub(crate) sha256: Option<String>,
 }
 
 /// Where a model's files are, without fetching any.
@@ -104,14 +93,24 @@ pub(crate) async fn objects(
     file: Option<&str>,
 ) -> Result<Listed, SourceError> {
     let base = remote.hub()?;
-    let listing = list(remote, &base, repository, revision.unwrap_or("main")).await?;
-    let mut files = Vec::new();
-    for sibling in choose(repository, &listing.siblings, file)? {
-        let name = local_name(&sibling.rfilename)?;
-        let url = join(&base, &format!("{repository}/resolve/{}/{}", listing.sha, sibling.rfilename))?;
-        files.push((name, url.to_string(), sibling.lfs.and_then(|lfs| lfs.sha256)));
-    }
-    Ok(Listed { commit: listing.sha, files })
+    let pinned = revision.filter(|r| r.len() == 40 && r.bytes().all(|b| b.is_ascii_hexdigit()));
+    // One file at a known commit needs no question; everything else is pinned to a commit first.
+    let (commit, siblings) = match (pinned, file) {
+        (Some(commit), Some(file)) if parts_of(file).is_none() => {
+            (commit.to_owned(), vec![Sibling { rfilename: file.to_owned(), size: None, lfs: None }])
+        }
+        _ => {
+            let listing = list(remote, &base, repository, revision.unwrap_or("main")).await?;
+            let siblings = choose(repository, &listing.siblings, file)?;
+            (listing.sha, siblings)
+        }
+    };
+    let file = |Sibling { rfilename, size, lfs }| {
+        let url = join(&base, &format!("{repository}/resolve/{commit}/{rfilename}"))?;
+        Ok(HubFile { name: local_name(&rfilename)?, url, len: size, sha256: lfs.and_then(|lfs| lfs.sha256) })
+    };
+    let files = siblings.into_iter().map(file).collect::<Result<_, SourceError>>()?;
+    Ok(Listed { commit, files })
 }
 
 async fn list(

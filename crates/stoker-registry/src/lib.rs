@@ -25,7 +25,7 @@ mod zip;
 pub use alias::{Aliases, BadAliases, PinnedSource};
 pub use error::{Attempt, RegistryError, SourceError};
 pub use http::{Remote, RemoteConfig, http_client};
-pub use pull::{PullEvent, PullProgress, Pulled};
+pub use pull::{PullEvent, PullLock, PullProgress, Pulled};
 pub use registry::{Entry, Listed, Listing, Registry, Removed, Written};
 pub use source::{BadSource, SourceUri};
 pub use verify::{BadChunk, FileOutcome, FileReport, VerifyProgress, VerifyReport};

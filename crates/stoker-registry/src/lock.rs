@@ -12,6 +12,7 @@ use crate::error::RegistryError;
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Held while a model is changed. The operating system releases it when the process dies.
+#[derive(Debug)]
 pub(crate) struct ModelLock {
     _file: File,
 }

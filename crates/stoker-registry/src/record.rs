@@ -20,10 +20,11 @@ use stoker_types::{ByteSize, ModelName, RemoteObject};
 
 use crate::{
     Registry,
+    alias::PinnedSource,
     download::blocking,
     error::{RegistryError, SourceError, Stop},
     http::Remote,
-    hub,
+    hub::{self, HubFile},
     lock::ModelLock,
     pull::remove_dir,
     registry::{CACHE_FILE, Entry, WRITTEN_FILE},
@@ -72,14 +73,14 @@ struct Weights {
 
 impl Registry {
     /// Indexes a model where it is: fetches its small files and the headers of its weight files, nothing else. A record
-    /// that is there is replaced. Cancel-safe.
+    /// that is there is replaced. Of a source with one weight file, its hash may be known beforehand. Cancel-safe.
     ///
     /// # Errors
     /// [`RegistryError::Remote`]: the source doesn't give the model; what the operating system refuses.
     pub async fn record(
         &self,
         name: &ModelName,
-        source: &SourceUri,
+        source: &PinnedSource,
         stores: &RemoteStores,
         remote: &Remote,
     ) -> Result<Entry, RegistryError> {
@@ -88,35 +89,19 @@ impl Registry {
             Stop::Here(error) => error,
             Stop::Source(error) => RegistryError::Remote {
                 name: name.clone(),
-                source_uri: source.to_string(),
+                source_uri: source.uri.to_string(),
                 error: Box::new(error),
             },
         };
         if remote.config().offline {
             return Err(failed(SourceError::Offline.into()));
         }
-        let objects = find(source, stores, remote).await.map_err(failed)?;
         let stage = self.staging(name)?;
-        remove_dir(&stage)?;
-        fs::create_dir_all(&stage).map_err(RegistryError::io(&stage))?;
-        let mut origins = Vec::new();
-        let mut written = Vec::new();
-        for Weights { name, object, sha256 } in objects.weights {
-            let path = stage.join(&name);
-            let head = header(&path, &object, stores).await.map_err(failed)?;
-            stub(&path, &head, object.len).map_err(RegistryError::io(&path))?;
-            written.push(name.clone());
-            origins.push((name, object, sha256));
-        }
-        for (name, bytes) in objects.companions {
-            let path = stage.join(&name);
-            fs::write(&path, bytes).map_err(RegistryError::io(&path))?;
-            written.push(name);
-        }
-        let source = Source { uri: source.to_string(), revision: objects.revision };
+        let (origins, written, revision) =
+            stage_record(&stage, source, stores, remote).await.map_err(failed)?;
+        let source = Source { uri: source.uri.to_string(), revision };
         let (registry, name) = (self.clone(), name.clone());
         let landed = {
-            let name = name.clone();
             let stage = stage.clone();
             blocking(&stage.clone(), move || registry.land_record(&name, &stage, source, &origins, &written))
                 .await
@@ -132,15 +117,14 @@ impl Registry {
         name: &ModelName,
         stage: &Path,
         source: Source,
-        origins: &[(String, RemoteObject, Option<String>)],
+        origins: &[Weights],
         written: &[String],
     ) -> Result<Entry, RegistryError> {
-        let gguf = origins.iter().map(|(name, ..)| stage.join(name)).find(|path| is_gguf(path));
+        let gguf = origins.iter().map(|of| stage.join(&of.name)).find(|path| is_gguf(path));
         let mut manifest = stoker_checkpoint::index(gguf.as_deref().unwrap_or(stage), source)?;
         for file in &mut manifest.files {
-            let of =
-                origins.iter().find(|(name, ..)| file.path.file_name().is_some_and(|n| n == name.as_str()));
-            let Some((_, object, sha256)) = of else { continue };
+            let of = origins.iter().find(|of| file.path.file_name().is_some_and(|n| n == of.name.as_str()));
+            let Some(Weights { object, sha256, .. }) = of else { continue };
             file.origin = Some(Origin { object: object.clone(), header_only: true });
             file.sha256.clone_from(sha256);
         }
@@ -236,6 +220,37 @@ impl Registry {
     }
 }
 
+/// Fetches what a record consists of into a directory of its own: its weight files, every file's name, and the revision.
+async fn stage_record(
+    stage: &Path,
+    source: &PinnedSource,
+    stores: &RemoteStores,
+    remote: &Remote,
+) -> Result<(Vec<Weights>, Vec<String>, Option<String>), Stop> {
+    let Objects { revision, mut weights, companions } = find(&source.uri, stores, remote).await?;
+    if let (Some(pinned), [only]) = (&source.sha256, &mut weights[..]) {
+        only.sha256 = Some(pinned.clone());
+    }
+    remove_dir(stage)?;
+    fs::create_dir_all(stage).map_err(RegistryError::io(stage))?;
+    let mut written = Vec::new();
+    for Weights { name, object, sha256 } in &weights {
+        if sha256.is_none() && object.etag.is_none() && object.modified_ms.is_none() {
+            return Err(SourceError::from(RemoteError::NoVersion { url: object.url.clone() }).into());
+        }
+        let path = stage.join(name);
+        let head = header(&path, object, stores).await?;
+        stub(&path, &head, object.len).map_err(RegistryError::io(&path))?;
+        written.push(name.clone());
+    }
+    for (name, bytes) in companions {
+        let path = stage.join(&name);
+        fs::write(&path, bytes).map_err(RegistryError::io(&path))?;
+        written.push(name);
+    }
+    Ok((weights, written, revision))
+}
+
 /// A file of `len` bytes with nothing but its head.
 fn stub(path: &Path, head: &[u8], len: u64) -> io::Result<()> {
     let mut file = File::create(path)?;
@@ -288,14 +303,19 @@ async fn find(source: &SourceUri, stores: &RemoteStores, remote: &Remote) -> Res
             let listed = hub::objects(remote, repository, revision.as_deref(), file.as_deref()).await?;
             let mut objects =
                 Objects { revision: Some(listed.commit), weights: Vec::new(), companions: Vec::new() };
-            for (name, url, sha256) in listed.files {
+            for HubFile { name, url, len, sha256 } in listed.files {
+                let url = url.as_str();
                 if COMPANIONS.contains(&name.as_str()) || name.ends_with(".index.json") {
-                    let small = stores.small(&url, COMPANION_MAX).await.map_err(SourceError::from)?;
+                    let small = stores.small(url, COMPANION_MAX).await.map_err(SourceError::from)?;
                     objects.companions.extend(small.map(|(_, bytes)| (name, bytes)));
-                } else {
-                    let object = stores.head(&url).await.map_err(SourceError::from)?;
-                    objects.weights.push(Weights { name, object, sha256 });
+                    continue;
                 }
+                let object = stores.head(url).await.map_err(SourceError::from)?;
+                if let Some(len) = len.filter(|len| *len != object.len) {
+                    let problem = format!("has {} bytes instead of {len}", object.len);
+                    return Err(SourceError::Malformed { what: object.url, problem }.into());
+                }
+                objects.weights.push(Weights { name, object, sha256 });
             }
             Ok(objects)
         }

@@ -277,6 +277,13 @@ impl Registry {
         Ok(path.into())
     }
 
+    /// Apart from the lock of what is in the model's directory, which whoever pulls takes and gives back meanwhile.
+    pub(crate) fn pull_lock_path(&self, name: &ModelName) -> Result<PathBuf, RegistryError> {
+        let mut path = self.staging(name)?.into_os_string();
+        path.push("%pull");
+        Ok(path.into())
+    }
+
     pub(crate) fn not_found(&self, name: &ModelName) -> RegistryError {
         let known: Vec<ModelName> =
             self.directories().unwrap_or_default().into_iter().map(|(name, _)| name).collect();

@@ -211,12 +211,14 @@ async fn offline_nothing_is_tried() {
     assert!(server.files.lock().await.log.is_empty());
 }
 
-#[tokio::test]
-async fn an_unknown_alias_names_the_nearest() {
+#[test]
+fn an_unknown_alias_names_the_nearest() {
     let (_dir, registry) = registry();
-    let server = Server::start().await;
-    let error = registry.pull(&name("smolm2:135m"), None, &server.remote(), &quiet).await.unwrap_err();
+    let error = registry.sources(&name("smolm2:135m"), None).unwrap_err();
     assert!(error.to_string().contains("did you mean `smollm2:135m`?"), "{error}");
+    assert!(registry.sources(&name("smollm2:135m"), None).unwrap().iter().all(|s| s.sha256.is_some()));
+    let given = "hf:o/n".parse().unwrap();
+    assert_eq!(registry.sources(&name("anything"), Some(&given)).unwrap()[0].uri, given);
 }
 
 #[tokio::test]

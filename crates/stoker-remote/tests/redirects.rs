@@ -97,8 +97,8 @@ async fn the_token_goes_to_the_hub_alone_and_the_hub_is_asked_once() {
     let (hub, storage, stores) = hub(Site::default()).await;
     let object = stores.head(&format!("{}/o/n/m.gguf", hub.base)).await.unwrap();
     assert_eq!((object.len, object.etag.as_deref()), (BYTES.len() as u64, Some("\"one\"")));
-    for at in 0..10 {
-        assert_eq!(stores.range(&object, at..at + 5).await.unwrap(), BYTES[at as usize..at as usize + 5]);
+    for (at, wanted) in (0..10).zip(BYTES.windows(5)) {
+        assert_eq!(stores.range(&object, at..at + 5).await.unwrap(), wanted);
     }
     assert_eq!(hub.tokens(), [Some("Bearer secret".to_owned())], "where it leads is remembered");
     assert_eq!(storage.tokens(), vec![None; 11]);

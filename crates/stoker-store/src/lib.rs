@@ -104,7 +104,8 @@ pub use load::{FileSlots, Loading, Resident, Watermark};
 pub use report::{EvictReason, Evictions, LoadReport, Residency, StoreStats};
 pub use slice::{Shard, SliceError, TensorPart};
 pub use ssd::{
-    CopyEnd, CopyProgress, DiskState, FinishedCopy, Leftover, Shelf, Shelved, SsdDisk, SsdTier, host_of,
+    CopyEnd, CopyProgress, DiskState, FinishedCopy, GiveUp, Leftover, Shelf, Shelved, SsdDisk, SsdTier,
+    host_of,
 };
 pub use store::{Clock, Evicted, Store, StoreConfig};
 pub use stream::{ChunkStream, LentSlots, StreamOptions, StreamedChunk};

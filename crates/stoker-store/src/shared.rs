@@ -14,7 +14,7 @@ use crate::{
     job::{Assignment, Job, JobId, Jobs, Priority, Progress, Ring, Target},
     meter::Meter,
     report::{EvictReason, StoreStats},
-    ssd::{SsdCopy, SsdTier, Tee, Wanted, host_of},
+    ssd::{GiveUp, SsdCopy, SsdTier, Tee, Wanted, host_of},
     store::Clock,
     transfer::{ChunkFilled, Opened, PartRead, reload_time},
 };
@@ -428,11 +428,12 @@ impl Shared {
     fn copy_passed(&self, copy: &Arc<SsdCopy>, end: &Result<Arc<crate::LoadReport>, LoadError>) {
         match end {
             Ok(_) => self.tee.complete(Wanted { copy: Arc::clone(copy), priority: Priority::Prefetch }),
-            Err(error @ (LoadError::ObjectChanged { .. } | LoadError::WrongHash { .. })) => {
-                self.tee.give_up(copy, error.to_string());
+            // Else what is there stays for the next load.
+            Err(error) => {
+                if let Some(why) = GiveUp::of(error) {
+                    self.tee.give_up(copy, why);
+                }
             }
-            // What is there stays for the next load.
-            Err(_) => {}
         }
     }
 

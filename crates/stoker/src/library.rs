@@ -5,8 +5,9 @@
 //! the model is first used.
 //!
 //! A model that is named by where it comes from is indexed there ([`remote`]), and is the same model when a copy of it
-//! lands on a disk of this machine.
+//! lands on a disk of this machine. Pulling one is asking for that copy ([`pull`]).
 
+pub(crate) mod pull;
 mod remote;
 
 use std::{

@@ -15,7 +15,10 @@ use stoker_types::{ByteSize, ModelName, RemoteObject};
 use tokio::sync::watch;
 
 use super::journal::{Journal, Present};
-use crate::files::{CheckpointFiles, ChunkRef};
+use crate::{
+    error::LoadError,
+    files::{CheckpointFiles, ChunkRef},
+};
 
 /// In a copy's directory.
 const JOURNAL: &str = "journal";
@@ -69,10 +72,44 @@ pub struct CopyProgress {
 pub enum CopyEnd {
     /// It is whole, checked, and a model of this machine.
     Landed,
-    /// It is given up, and removed; why.
-    GivenUp(String),
+    /// It is given up, and removed.
+    GivenUp(GiveUp),
     /// What is there stays for the next time; why it isn't whole.
     Interrupted(String),
+}
+
+/// Why a copy is given up.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GiveUp {
+    /// The store has another version by now: what is there is of no use.
+    #[error("{detail}")]
+    Changed {
+        /// What is not as it was.
+        detail: String,
+    },
+    /// A file's bytes aren't those that its source names.
+    #[error("{file}: wrong content: SHA-256 should be {expected}, is {found}")]
+    WrongHash {
+        /// The file.
+        file: String,
+        /// What the source says.
+        expected: String,
+        /// What arrived.
+        found: String,
+    },
+    /// The disk is full.
+    #[error("the disk is full: {detail}")]
+    DiskFull {
+        /// What the operating system said.
+        detail: String,
+    },
+    /// The disk failed, or the model can't be put in its place.
+    #[error("{detail}")]
+    Io {
+        /// What the operating system said, or why there is no place.
+        detail: String,
+    },
 }
 
 /// What a copy's directory is for, for people and for [`super::SsdTier::look`].
@@ -235,6 +272,35 @@ impl SsdCopy {
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(dir = %self.dir.display(), %error, "a copy that was given up stays");
+        }
+    }
+}
+
+// === impl GiveUp ===
+
+impl GiveUp {
+    /// Of a load's error, if it means that what is there of the copy is of no use.
+    pub(crate) fn of(error: &LoadError) -> Option<Self> {
+        match error {
+            LoadError::ObjectChanged { .. } => Some(Self::Changed { detail: error.to_string() }),
+            LoadError::WrongHash { path, expected, found } => Some(Self::WrongHash {
+                file: path.display().to_string(),
+                expected: expected.clone(),
+                found: found.clone(),
+            }),
+            _ => None,
+        }
+    }
+}
+
+impl From<&io::Error> for GiveUp {
+    fn from(error: &io::Error) -> Self {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+
+        let detail = error.to_string();
+        match error.kind() {
+            StorageFull | QuotaExceeded => Self::DiskFull { detail },
+            _ => Self::Io { detail },
         }
     }
 }

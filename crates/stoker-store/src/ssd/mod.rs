@@ -23,7 +23,7 @@ use stoker_types::{ByteSize, BytesPerSec, ModelName, clock};
 
 use copy::About;
 pub(crate) use copy::SsdCopy;
-pub use copy::{CopyEnd, CopyProgress};
+pub use copy::{CopyEnd, CopyProgress, GiveUp};
 pub(crate) use tee::{Tee, TeeThread, Wanted};
 
 use crate::files::CheckpointFiles;
@@ -228,22 +228,7 @@ impl SsdTier {
     pub fn collect(&self, at_most: Option<ByteSize>, wanted: impl Fn(&Leftover) -> bool) -> ByteSize {
         let mut freed = ByteSize::ZERO;
         for disk in &self.inner.disks {
-            for copy in leftovers(&disk.dir).into_iter().filter(|copy| !wanted(copy)) {
-                let busy =
-                    fs::File::open(copy.dir.join("journal")).is_ok_and(|file| file.try_lock().is_err());
-                if busy {
-                    continue;
-                }
-                match fs::remove_dir_all(&copy.dir) {
-                    Ok(()) => {
-                        tracing::info!(dir = %copy.dir.display(), present = %copy.present, "an abandoned copy is removed");
-                        freed += copy.present;
-                    }
-                    Err(error) => {
-                        tracing::warn!(dir = %copy.dir.display(), %error, "an abandoned copy stays");
-                    }
-                }
-            }
+            freed += leftovers(&disk.dir).iter().filter(|copy| !wanted(copy)).map(Leftover::remove).sum();
             let budget = at_most.map_or(disk.budget, |most| most.min(disk.budget));
             while self.taken(disk, None) > budget {
                 let Some(bytes) = self.evict_one(disk, None) else { break };
@@ -264,6 +249,11 @@ impl SsdTier {
             return Some(Arc::clone(copy));
         }
         let model = &files.key().name;
+        for disk in &self.inner.disks {
+            // Nobody goes on with the copy of a version that is gone.
+            let stale = |copy: &&Leftover| copy.model.as_ref() == Some(model) && copy.key != key;
+            let _: ByteSize = leftovers(&disk.dir).iter().filter(stale).map(Leftover::remove).sum();
+        }
         let (index, dir) = match self.place(files, key) {
             Ok(place) => place,
             Err(reason) => {
@@ -426,6 +416,28 @@ impl SsdTier {
             Err(error) => {
                 tracing::warn!(%model, %error, "it can't be evicted from SSD");
                 None
+            }
+        }
+    }
+}
+
+// === impl Leftover ===
+
+impl Leftover {
+    /// Removes it, unless a process writes it. Returns the bytes freed.
+    fn remove(&self) -> ByteSize {
+        let busy = fs::File::open(self.dir.join("journal")).is_ok_and(|file| file.try_lock().is_err());
+        if busy {
+            return ByteSize::ZERO;
+        }
+        match fs::remove_dir_all(&self.dir) {
+            Ok(()) => {
+                tracing::info!(dir = %self.dir.display(), present = %self.present, "an abandoned copy is removed");
+                self.present
+            }
+            Err(error) => {
+                tracing::warn!(dir = %self.dir.display(), %error, "an abandoned copy stays");
+                ByteSize::ZERO
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    path::Path,
     sync::{Arc, Weak},
     thread::JoinHandle,
     time::Duration,
@@ -15,7 +16,7 @@ use stoker_types::{ModelName, hex};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::{CopyEnd, SsdCopy, SsdTier};
+use super::{CopyEnd, GiveUp, SsdCopy, SsdTier};
 use crate::{
     error::LoadError,
     files::ChunkRef,
@@ -58,7 +59,7 @@ struct Orders {
 #[derive(Default)]
 struct Lists {
     complete: Vec<Wanted>,
-    give_up: Vec<(Arc<SsdCopy>, String)>,
+    give_up: Vec<(Arc<SsdCopy>, GiveUp)>,
     damaged: Vec<ModelName>,
 }
 
@@ -145,7 +146,7 @@ impl Tee {
     }
 
     /// A copy is of no more use.
-    pub(crate) fn give_up(&self, copy: &Arc<SsdCopy>, why: String) {
+    pub(crate) fn give_up(&self, copy: &Arc<SsdCopy>, why: GiveUp) {
         self.orders.lists.lock().give_up.push((Arc::clone(copy), why));
         self.orders.more.notify_one();
     }
@@ -235,7 +236,7 @@ impl Writer {
                     self.touched.push(Arc::clone(copy));
                 }
             }
-            Err(error) => self.failed(copy, &error),
+            Err(error) => self.failed(copy, (&error).into()),
         }
     }
 
@@ -246,19 +247,19 @@ impl Writer {
                 continue;
             }
             if let Err(error) = copy.save() {
-                self.failed(&copy, &error);
+                self.failed(&copy, (&error).into());
             } else if let Some(sums) = copy.whole() {
                 self.land(&copy, sums);
             }
         }
     }
 
-    /// The disk is full or broken: that costs the copy, and nothing else.
-    fn failed(&mut self, copy: &Arc<SsdCopy>, error: &io::Error) {
+    /// The disk is full or broken, or what arrived is wrong: that costs the copy, and nothing else.
+    fn failed(&mut self, copy: &Arc<SsdCopy>, why: GiveUp) {
         metrics::counter!("stoker_store_tee_failed_total").increment(1);
         let model = &copy.files.key().name;
-        tracing::warn!(%model, %error, "the copy on SSD is given up; the model stays remote");
-        self.tier.end(copy, CopyEnd::GivenUp(error.to_string()));
+        tracing::warn!(%model, %why, "the copy on SSD is given up; the model stays remote");
+        self.tier.end(copy, CopyEnd::GivenUp(why));
         if self.filling.as_ref().is_some_and(|(wanted, _)| Arc::ptr_eq(&wanted.copy, copy)) {
             self.filling = None;
         }
@@ -269,15 +270,16 @@ impl Writer {
             self.filling = None;
         }
         let model = &copy.files.key().name;
-        let checked = check_hashes(copy).and_then(|()| self.tier.land(copy, sums));
-        match checked {
+        let landed =
+            check_hashes(copy).and_then(|()| self.tier.land(copy, sums).map_err(|error| (&error).into()));
+        match landed {
             Ok(()) => {
                 tracing::info!(%model, bytes = %copy.files.bytes(), "a copy is on SSD");
                 metrics::counter!("stoker_store_copies_landed_total").increment(1);
                 copy.discard();
                 self.tier.end(copy, CopyEnd::Landed);
             }
-            Err(error) => self.failed(copy, &error),
+            Err(why) => self.failed(copy, why),
         }
     }
 
@@ -300,7 +302,7 @@ impl Writer {
         let Some(shared) = self.shared.upgrade() else { return };
         // Everything that was written counts from here on.
         if let Err(error) = wanted.copy.save() {
-            return self.failed(&wanted.copy, &error);
+            return self.failed(&wanted.copy, (&error).into());
         }
         let missing = wanted.copy.missing();
         if missing.is_empty() {
@@ -345,11 +347,7 @@ impl Writer {
     fn interrupted(&mut self, copy: &Arc<SsdCopy>, error: &LoadError) {
         let model = &copy.files.key().name;
         tracing::warn!(%model, %error, "the copy on SSD isn't completed");
-        let end = match error {
-            // What is there is of a version that is gone.
-            LoadError::ObjectChanged { .. } => CopyEnd::GivenUp(error.to_string()),
-            _ => CopyEnd::Interrupted(error.to_string()),
-        };
+        let end = GiveUp::of(error).map_or_else(|| CopyEnd::Interrupted(error.to_string()), CopyEnd::GivenUp);
         self.tier.end(copy, end);
     }
 }
@@ -365,29 +363,31 @@ async fn next_filled(
 }
 
 /// Of files of which only a hash of the whole is known: whether it is right.
-fn check_hashes(copy: &SsdCopy) -> io::Result<()> {
-    use std::io::Read as _;
-
+fn check_hashes(copy: &SsdCopy) -> Result<(), GiveUp> {
     for (index, file) in copy.files.files().iter().enumerate() {
         let Some(expected) = file.sha256.as_deref().filter(|_| file.chunk_sums.is_empty()) else { continue };
-        let mut part = std::fs::File::open(copy.part(index))?;
-        let mut buffer = vec![0; HASHED];
-        let mut hash = Sha256::new();
-        loop {
-            match part.read(&mut buffer)? {
-                0 => break,
-                read => hash.update(&buffer[..read]),
-            }
-        }
-        let found = hex(&hash.finalize());
+        let found = hash_of(copy.part(index)).map_err(|error| GiveUp::from(&error))?;
         if found != expected {
-            let name = file.path.display();
-            return Err(io::Error::other(format!(
-                "{name}: the SHA-256 is {found}, its source says {expected}"
-            )));
+            let name = file.origin.as_ref().map(|origin| origin.object.url.clone());
+            let name = name.unwrap_or_else(|| file.path.display().to_string());
+            return Err(GiveUp::WrongHash { file: name, expected: expected.to_owned(), found });
         }
     }
     Ok(())
+}
+
+fn hash_of(path: &Path) -> io::Result<String> {
+    use std::io::Read as _;
+
+    let mut file = std::fs::File::open(path)?;
+    let mut buffer = vec![0; HASHED];
+    let mut hash = Sha256::new();
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(&hash.finalize())),
+            read => hash.update(&buffer[..read]),
+        }
+    }
 }
 
 impl AsRef<[u8]> for Bytes {

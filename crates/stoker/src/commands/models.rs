@@ -11,19 +11,15 @@ use indicatif::ProgressBar;
 use parking_lot::Mutex;
 use serde::Serialize;
 use stoker_checkpoint::{Manifest, Trust, convert::Precision};
-use stoker_registry::{Aliases, FileOutcome, PullEvent, Registry, Remote, RemoteConfig, SourceUri};
-use stoker_store::{CheckpointFiles, CopyEnd, Priority, Store, StoreConfig};
+use stoker_registry::{Aliases, FileOutcome, PullEvent, SourceUri};
 use stoker_types::{ByteSize, ModelName};
 
 use crate::{
     cli::{ConvertArgs, PullArgs},
     config::Config,
-    library::{Home, Known, Library},
+    library::{Home, Known, Library, pull::Pulled},
     output::{Output, Table},
 };
-
-/// Memory that a pull passes through.
-const PULL_RING: ByteSize = ByteSize::mib(256);
 
 #[derive(Debug, Serialize)]
 struct List {
@@ -252,97 +248,19 @@ async fn fetch(
         },
         None => None,
     };
-    if let Some(source @ SourceUri::Object(_)) = &source {
-        return fetch_copy(config, name, source, output).await;
-    }
-    let registry = Registry::open(&config.models.value)?;
-    let remote = Remote::new(RemoteConfig {
-        hub_endpoint: config.remote.hf_endpoint.clone(),
-        hub_token: config.remote.hf_token.clone(),
-        package_index: config.remote.python_index.clone(),
-        offline: config.offline.value,
-        ..RemoteConfig::default()
-    })?;
+    let library = Library::open(config)?;
     let bar = PullBar { output, current: Mutex::default() };
-    let pulled =
-        registry.pull(name, source.as_ref(), &remote, &|event: PullEvent<'_>| bar.event(&event)).await;
+    let pulled = library.pull(config, name, source.as_ref(), &|event: PullEvent<'_>| bar.event(&event)).await;
     bar.finish();
-    let pulled = pulled?;
+    let Pulled { known, was_here } = pulled?;
+    let summary = known.what.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
     Ok(PullReport {
         model: name.clone(),
-        source: pulled.source,
-        bytes: pulled.entry.manifest.weight_bytes(),
-        was_here: pulled.was_here,
-        refusal: pulled.entry.manifest.refusal,
+        source: summary.source.uri.clone(),
+        bytes: summary.weight_bytes(),
+        was_here,
+        refusal: known.refusal(),
     })
-}
-
-/// Pulls a model from a remote store: indexed first, then copied as a cold start's copy is, and kept.
-async fn fetch_copy(
-    config: &Config,
-    name: &ModelName,
-    source: &SourceUri,
-    output: Output,
-) -> anyhow::Result<PullReport> {
-    let library = Library::open(config)?;
-    let report = |known: &Known, was_here| {
-        let summary = known.what.as_ref().map_err(|why| anyhow::anyhow!("{why}"))?;
-        anyhow::Ok(PullReport {
-            model: name.clone(),
-            source: summary.source.uri.clone(),
-            bytes: summary.weight_bytes(),
-            was_here,
-            refusal: known.refusal(),
-        })
-    };
-    if let Some(known) = library.known(name).filter(|known| known.home == Home::Pulled) {
-        let here = report(&known, true)?;
-        anyhow::ensure!(
-            here.source == source.to_string(),
-            "there is a model `{name}` already, from {}; `stoker rm {name}` first, or choose another name",
-            here.source
-        );
-        library.registry(&known).keep(name)?;
-        return Ok(here);
-    }
-    output.note(&format!("indexing {source}"));
-    library.index_from(name, source).await?;
-    let known = library.known(name).context("the model's index is gone")?;
-    let manifest = library.manifest(&known)?;
-    let files = CheckpointFiles::from_manifest(name.clone(), &known.dir, &manifest)?;
-    let store = Store::open(StoreConfig {
-        shared: false,
-        remote: Some(Arc::new(library.access()?.stores)),
-        ssd: Some(library.ssd_tier_for_pull(config)?),
-        ..StoreConfig::new(PULL_RING)
-    })?;
-    let copying = tokio::task::block_in_place(|| store.copy(&files, Priority::Demand))?;
-    let mut progress = copying.with_context(|| {
-        format!("no room for {} on disk, or another process copies it; see `stoker cache ls`", files.bytes())
-    })?;
-    let bar = output.bytes_bar(files.bytes().bytes(), name.to_string());
-    let end = loop {
-        let (present, end) = {
-            let progress = progress.borrow_and_update();
-            (progress.present, progress.end.clone())
-        };
-        bar.set_position(present.bytes());
-        match end {
-            Some(end) => break end,
-            None => progress.changed().await.context("the copy came to no end")?,
-        }
-    };
-    bar.finish_and_clear();
-    match end {
-        CopyEnd::Landed => {}
-        CopyEnd::GivenUp(why) => bail!("{why}"),
-        CopyEnd::Interrupted(why) => {
-            bail!("{why}\nwhat has arrived is kept: the same command goes on from there")
-        }
-    }
-    let known = library.known(name).context("the model is gone")?;
-    library.registry(&known).keep(name)?;
-    report(&known, false)
 }
 
 /// `stoker verify`. The exit code says whether everything is as it should be.

@@ -11,7 +11,9 @@ use std::{
 use anyhow::Context as _;
 use parking_lot::Mutex;
 use stoker_checkpoint::ManifestSummary;
-use stoker_registry::{Listed, Registry, RegistryError, Remote, RemoteConfig, Removed, SourceUri, Written};
+use stoker_registry::{
+    Listed, PinnedSource, Registry, RegistryError, Remote, RemoteConfig, Removed, SourceUri, Written,
+};
 use stoker_remote::{BearerToken, RemoteOptions, RemoteStores};
 use stoker_store::{CheckpointFiles, FinishedCopy, Leftover, Shelf, Shelved, SsdDisk, SsdTier};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, ModelSettings};
@@ -65,16 +67,11 @@ impl Records {
             offline: config.offline.value,
             ..RemoteConfig::default()
         };
-        let endpoint = hub.hub_endpoint.clone().unwrap_or_else(|| "https://huggingface.co".to_owned());
-        let host =
-            endpoint.split("://").nth(1).and_then(|rest| rest.split(['/', ':']).next()).map(str::to_owned);
-        let bearer = host.zip(hub.hub_token.clone()).map(|(host, token)| BearerToken { host, token });
         let defaults = RemoteOptions::default();
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let bandwidth = config.remote_limits.bandwidth.map(|bytes| BytesPerSec(bytes.bytes() as f64));
         let options = RemoteOptions {
             settings: config.remote.stores.clone(),
-            bearer,
             bandwidth,
             reads_max: config.remote_limits.reads.unwrap_or(defaults.reads_max),
             ..defaults
@@ -123,8 +120,13 @@ impl Library {
         if let Some(access) = records.access.get() {
             return Ok(access.clone());
         }
-        let stores = RemoteStores::new(records.options.clone())?;
-        let access = Access { stores, hub: Remote::new(records.hub.clone())? };
+        let hub = Remote::new(records.hub.clone())?;
+        let bearer = match records.hub.hub_token.clone() {
+            Some(token) => Some(BearerToken { endpoint: hub.hub()?, token }),
+            None => None,
+        };
+        let stores = RemoteStores::new(RemoteOptions { bearer, ..records.options.clone() })?;
+        let access = Access { stores, hub };
         Ok(records.access.get_or_init(|| access).clone())
     }
 
@@ -166,13 +168,18 @@ impl Library {
         self.tier_on(self.disks(config))
     }
 
-    /// The SSD tier for what somebody asked for by name: nothing of the disk stays free for others.
+    /// The SSD tier for what somebody asked for by name: nothing of the disk stays free for others, and the models directory
+    /// holds whatever it is told to, as the budget is for copies that come by themselves.
     ///
     /// # Errors
     /// The operating system's.
-    pub(crate) fn ssd_tier_for_pull(&self, config: &Config) -> anyhow::Result<SsdTier> {
-        let disks = self.disks(config).into_iter();
-        self.tier_on(disks.map(|disk| SsdDisk { reserve: ByteSize::ZERO, ..disk }).collect())
+    pub(super) fn ssd_tier_for_pull(&self, config: &Config) -> anyhow::Result<SsdTier> {
+        let disks = self.disks(config).into_iter().enumerate().map(|(index, disk)| SsdDisk {
+            reserve: ByteSize::ZERO,
+            budget: if index == 0 { ByteSize(u64::MAX) } else { disk.budget },
+            ..disk
+        });
+        self.tier_on(disks.collect())
     }
 
     fn tier_on(&self, disks: Vec<SsdDisk>) -> anyhow::Result<SsdTier> {
@@ -190,16 +197,19 @@ impl Library {
     pub(crate) async fn index_remote(&self, name: &ModelName) -> anyhow::Result<()> {
         let source =
             self.source(name).with_context(|| format!("`{name}` has no source to be loaded from"))?;
-        self.index_from(name, source).await
+        let source = PinnedSource { uri: source.clone(), sha256: None };
+        let access = self.access()?;
+        Ok(self.index_from(name, &source, &access).await?)
     }
 
     /// Indexes a model at a source.
-    ///
-    /// # Errors
-    /// As [`Library::index_remote`].
-    pub(crate) async fn index_from(&self, name: &ModelName, source: &SourceUri) -> anyhow::Result<()> {
-        let Access { stores, hub } = self.access()?;
-        let entry = self.inner.remote.registry.record(name, source, &stores, &hub).await?;
+    pub(super) async fn index_from(
+        &self,
+        name: &ModelName,
+        source: &PinnedSource,
+        access: &Access,
+    ) -> Result<(), RegistryError> {
+        let entry = self.inner.remote.registry.record(name, source, &access.stores, &access.hub).await?;
         let settings = self.known(name).map(|known| known.settings.clone()).unwrap_or_default();
         let what = ManifestSummary::read(&entry.dir).map_err(|e| e.to_string());
         let known = Known::new(name.clone(), entry.dir, Home::Remote, settings, what);
