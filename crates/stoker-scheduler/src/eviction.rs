@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use stoker_types::{ByteSize, BytesPerSec, Tier};
+
 /// Idle time in which past use comes to count half.
 pub const HALF_LIFE: Duration = Duration::from_mins(10);
 
@@ -20,6 +22,15 @@ pub const HEAD_BONUS: f64 = 0.5;
 pub struct Heat {
     uses: f64,
     at: Duration,
+}
+
+/// Measured rates of what is below memory, for one model: its disk's, and its remote store's. `None`: not measured yet.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct TierRates {
+    /// Reads from SSD.
+    pub ssd: Option<BytesPerSec>,
+    /// Reads from its remote store.
+    pub remote: Option<BytesPerSec>,
 }
 
 /// What is known of a chunk that could go.
@@ -55,6 +66,22 @@ impl Heat {
     pub fn at(&self, now: Duration) -> f64 {
         let idle = now.saturating_sub(self.at);
         self.uses * (-idle.as_secs_f64() / HALF_LIFE.as_secs_f64()).exp2()
+    }
+}
+
+// === impl TierRates ===
+
+impl TierRates {
+    /// Time to bring so many bytes back from a tier at its measured rate. One that hasn't been measured counts as the
+    /// slowest that has: nothing says that it is slower or faster. Before any measurement all cost the same.
+    #[must_use]
+    pub fn reload(&self, from: Tier, bytes: ByteSize) -> Duration {
+        let measured = match from {
+            Tier::Remote => self.remote,
+            _ => self.ssd,
+        };
+        let slowest = || [self.ssd, self.remote].into_iter().flatten().min_by(|a, b| a.0.total_cmp(&b.0));
+        measured.or_else(slowest).map_or(Duration::from_secs(1), |rate| bytes.at(rate))
     }
 }
 
@@ -114,7 +141,44 @@ mod tests {
         assert!(facts(1.0, 5).keep_score() < slow.keep_score());
     }
 
+    const CHUNK: ByteSize = ByteSize::mib(16);
+
+    fn rates(ssd: Option<f64>, remote: Option<f64>) -> TierRates {
+        TierRates { ssd: ssd.map(BytesPerSec), remote: remote.map(BytesPerSec) }
+    }
+
+    fn from(tier: Tier, heat: f64, rates: TierRates) -> f64 {
+        ChunkFacts { reload: rates.reload(tier, CHUNK), ..facts(heat, 5) }.keep_score()
+    }
+
+    #[test]
+    fn what_is_only_remote_is_as_much_dearer_as_its_store_is_slower() {
+        let slow = rates(Some(2e9), Some(1e8));
+        assert!(from(Tier::Ssd, 1.0, slow) < from(Tier::Remote, 1.0, slow));
+        // Twenty times slower: kept until it is twenty times colder.
+        assert!(from(Tier::Ssd, 1.0, slow) < from(Tier::Remote, 0.06, slow));
+        assert!(from(Tier::Remote, 0.04, slow) < from(Tier::Ssd, 1.0, slow));
+        // A store that is faster than the disk is the cheaper one: the rates decide, not the tier's name.
+        let fast = rates(Some(1e9), Some(4e9));
+        assert!(from(Tier::Remote, 1.0, fast) < from(Tier::Ssd, 1.0, fast));
+    }
+
+    #[test]
+    fn what_was_not_measured_is_not_made_up() {
+        for rates in [rates(None, None), rates(Some(1e9), None), rates(None, Some(1e9))] {
+            let (ssd, remote) = (rates.reload(Tier::Ssd, CHUNK), rates.reload(Tier::Remote, CHUNK));
+            assert_eq!(ssd, remote, "{rates:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn a_slower_store_never_makes_a_chunk_cheaper(ssd in 1e3_f64..1e12, remote in 1e3_f64..1e12, slower in 1.0_f64..1e3) {
+            let (now, then) = (rates(Some(ssd), Some(remote)), rates(Some(ssd), Some(remote / slower)));
+            prop_assert!(from(Tier::Remote, 1.0, now) <= from(Tier::Remote, 1.0, then));
+            prop_assert!(from(Tier::Ssd, 1.0, now) == from(Tier::Ssd, 1.0, then));
+        }
+
         #[test]
         fn a_model_goes_from_its_end(heat in 0.001_f64..1e6, ms in 0_u64..1_000_000, of in 1_u32..10_000, at in 0.0_f64..1.0) {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of a count")]

@@ -1,17 +1,23 @@
 //! The memory tier: which chunks of which models are in it, who holds them, and which go when room is needed.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use stoker_checkpoint::ChunkSum;
 use stoker_io::{Chunk, ChunkBuf, ChunkPool, Record};
 use stoker_scheduler::eviction::{ChunkFacts, Heat};
-use stoker_types::{ByteSize, ModelName};
+use stoker_types::{ByteSize, ModelName, Tier};
 
 use crate::{
     adopt::version_of,
     files::{CheckpointFiles, ModelKey},
     job::JobId,
+    meter::Meters,
     report::{EvictReason, Evictions, Residency},
+    ssd::{SsdCopy, SsdTier, host_of},
 };
 
 /// Chunks in memory, by model.
@@ -44,6 +50,15 @@ pub(crate) struct Model {
     heat: Heat,
     /// The load that is under way.
     pub(crate) load: Option<JobId>,
+    /// The copy on SSD that was under way when it was last loaded.
+    copy: Weak<SsdCopy>,
+}
+
+/// What is known of chunks' way back into memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WayBack<'a> {
+    pub(crate) meters: &'a Meters,
+    pub(crate) ssd: Option<&'a SsdTier>,
 }
 
 /// Room for a load, or why there is none. In slots.
@@ -116,14 +131,14 @@ impl Cache {
         pool: &ChunkPool,
         asker: JobId,
         now: Duration,
-        reload: Duration,
+        back: WayBack<'_>,
     ) -> Option<(ChunkBuf, u32)> {
         let mut evicted = 0;
         loop {
             if let Some(buf) = pool.try_take() {
                 return Some((buf, evicted));
             }
-            if !self.evict_one(EvictReason::Room, Some(asker), now, reload) {
+            if !self.evict_one(EvictReason::Room, Some(asker), now, back) {
                 return None;
             }
             evicted += 1;
@@ -132,21 +147,21 @@ impl Cache {
 
     /// Evicts until no more slots than the budget are in use, as far as nothing held stands in the way. Returns how
     /// many went.
-    pub(crate) fn shrink(&mut self, pool: &ChunkPool, now: Duration, reload: Duration) -> usize {
+    pub(crate) fn shrink(&mut self, pool: &ChunkPool, now: Duration, back: WayBack<'_>) -> usize {
         let over = || {
             let usage = pool.usage();
             usage.in_use > usage.budget
         };
         let mut evicted = 0;
-        while over() && self.evict_one(EvictReason::Budget, None, now, reload) {
+        while over() && self.evict_one(EvictReason::Budget, None, now, back) {
             evicted += 1;
         }
         evicted
     }
 
     /// Evicts at most so many chunks, those that are worth least first. Returns how many went.
-    pub(crate) fn shed(&mut self, chunks: usize, now: Duration, reload: Duration) -> usize {
-        (0..chunks).take_while(|_| self.evict_one(EvictReason::Pressure, None, now, reload)).count()
+    pub(crate) fn shed(&mut self, chunks: usize, now: Duration, back: WayBack<'_>) -> usize {
+        (0..chunks).take_while(|_| self.evict_one(EvictReason::Pressure, None, now, back)).count()
     }
 
     /// Counts a use of a model, whatever its version.
@@ -161,7 +176,7 @@ impl Cache {
         reason: EvictReason,
         asker: Option<JobId>,
         now: Duration,
-        reload: Duration,
+        back: WayBack<'_>,
     ) -> bool {
         let pinned = |name: &ModelName| self.pinned.get(name);
         let may_go =
@@ -174,7 +189,7 @@ impl Cache {
                 let position = model.last_evictable()?;
                 let facts = ChunkFacts {
                     heat: model.heat.at(now),
-                    reload,
+                    reload: model.reload(position, back),
                     position: u32::try_from(position).unwrap_or(u32::MAX),
                     of: u32::try_from(model.chunks.len()).unwrap_or(u32::MAX),
                 };
@@ -264,6 +279,7 @@ impl Model {
             holds: 0,
             heat: Heat::default(),
             load: None,
+            copy: Weak::new(),
             files,
         }
     }
@@ -286,6 +302,29 @@ impl Model {
             self.vouch();
         }
         contradicted
+    }
+
+    /// The copy on SSD that grows while it is loaded.
+    pub(crate) fn copied_to(&mut self, copy: &Arc<SsdCopy>) {
+        self.copy = Arc::downgrade(copy);
+    }
+
+    /// Time to bring a chunk back, from the fastest tier that has it.
+    fn reload(&self, position: usize, back: WayBack<'_>) -> Duration {
+        let chunk = self.files.order()[position];
+        let origin = self.files.file_of(chunk).origin.as_ref();
+        let here = match origin {
+            None => true,
+            Some(origin) => {
+                // What it was when it was indexed, unless it has landed or left since.
+                let whole = back.ssd.and_then(|ssd| ssd.has(&self.files.key().name));
+                whole.unwrap_or(!origin.header_only)
+                    || self.copy.upgrade().is_some_and(|copy| !copy.ended() && copy.sum(chunk).is_some())
+            }
+        };
+        let host = origin.map(|origin| host_of(&origin.object.url));
+        let from = if here { Tier::Ssd } else { Tier::Remote };
+        back.meters.rates(host).reload(from, ByteSize(self.files.chunk_bytes()))
     }
 
     pub(crate) fn touch(&mut self, now: Duration) {

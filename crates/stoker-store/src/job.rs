@@ -12,7 +12,7 @@ use stoker_types::Tier;
 use tokio::sync::watch;
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, WayBack},
     error::LoadError,
     files::CheckpointFiles,
     report::LoadReport,
@@ -247,14 +247,14 @@ impl Jobs {
         cache: &mut Cache,
         pool: &ChunkPool,
         now: Duration,
-        reload: Duration,
+        back: WayBack<'_>,
     ) -> Option<Assignment> {
         let mut turns: Vec<_> =
             self.jobs.iter().map(|(id, job)| (std::cmp::Reverse(job.priority), job.served, *id)).collect();
         turns.sort_unstable();
         for (_, _, id) in turns {
             let job = self.jobs.get_mut(&id)?;
-            let Some(assignment) = job.assign(id, cache, pool, &self.remote, now, reload) else { continue };
+            let Some(assignment) = job.assign(id, cache, pool, &self.remote, now, back) else { continue };
             self.turn += 1;
             job.served = self.turn;
             return Some(assignment);
@@ -273,7 +273,7 @@ impl Job {
         pool: &ChunkPool,
         remote: &RemoteReads,
         now: Duration,
-        reload: Duration,
+        back: WayBack<'_>,
     ) -> Option<Assignment> {
         match self.stage {
             // Open -> Opening: one thread opens all files.
@@ -301,9 +301,9 @@ impl Job {
                 self.pass_on_resident(cache);
                 self.settle();
                 if self.stage == Stage::Check {
-                    return self.assign(id, cache, pool, remote, now, reload);
+                    return self.assign(id, cache, pool, remote, now, back);
                 }
-                self.next_read(id, cache, pool, remote, now, reload).map(Assignment::Read)
+                self.next_read(id, cache, pool, remote, now, back).map(Assignment::Read)
             }
             Stage::Opening | Stage::Checking => None,
         }
@@ -316,7 +316,7 @@ impl Job {
         pool: &ChunkPool,
         remote: &RemoteReads,
         now: Duration,
-        reload: Duration,
+        back: WayBack<'_>,
     ) -> Option<ChunkRead> {
         let position = *self.pending.front()?;
         if let Target::Ring(ring) = &self.target
@@ -331,7 +331,7 @@ impl Job {
             Tier::Remote => Some(Ticket::take(&remote.out, remote.most)?),
             _ => None,
         };
-        let (buf, evicted) = cache.take_slot(pool, id, now, reload)?;
+        let (buf, evicted) = cache.take_slot(pool, id, now, back)?;
         // Of a chunk that is read from a copy, its journal knows the sum.
         let journal =
             source.copy.as_ref().filter(|_| tier == Tier::Ssd).and_then(|part| part.copy.sum(chunk));

@@ -8,15 +8,15 @@ use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierRate};
 use tokio::sync::watch;
 
 use crate::{
-    cache::Cache,
+    cache::{Cache, WayBack},
     error::LoadError,
     files::{CheckpointFiles, ModelKey},
     job::{Assignment, Job, JobId, Jobs, Priority, Progress, Ring, Target},
-    meter::Meter,
+    meter::{Meter, Meters},
     report::{EvictReason, StoreStats},
     ssd::{GiveUp, SsdCopy, SsdTier, Tee, Wanted, host_of},
     store::Clock,
-    transfer::{ChunkFilled, Opened, PartRead, reload_time},
+    transfer::{ChunkFilled, Opened, PartRead},
 };
 
 pub(crate) struct Shared {
@@ -37,8 +37,7 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     pub(crate) cache: Cache,
     pub(crate) jobs: Jobs,
-    meter: Meter,
-    remote_meter: Meter,
+    meters: Meters,
     /// Of each device, by its number.
     copies: BTreeMap<u32, Meter>,
     bytes_read: u64,
@@ -102,8 +101,8 @@ impl Shared {
         self.pool.usage().budget as usize
     }
 
-    fn reload(&self, state: &State) -> Duration {
-        reload_time(self.pool.chunk_bytes() as u64, state.meter.rate())
+    fn way_back<'a>(&'a self, meters: &'a Meters) -> WayBack<'a> {
+        WayBack { meters, ssd: self.ssd.as_ref() }
     }
 
     // --- wishes ---
@@ -161,8 +160,8 @@ impl Shared {
         if let Some(id) = model.load {
             self.end(state, id, Err(LoadError::Cancelled));
         }
-        let (now, reload) = (self.now(), self.reload(state));
-        state.cache.shrink(&self.pool, now, reload);
+        let (now, back) = (self.now(), self.way_back(&state.meters));
+        state.cache.shrink(&self.pool, now, back);
         self.changed(state);
     }
 
@@ -270,8 +269,8 @@ impl Shared {
 
     pub(crate) fn assign(&self) -> Option<Assignment> {
         let state = &mut *self.lock();
-        let (now, reload) = (self.now(), self.reload(state));
-        state.jobs.assign(&mut state.cache, &self.pool, now, reload)
+        let (now, back) = (self.now(), self.way_back(&state.meters));
+        state.jobs.assign(&mut state.cache, &self.pool, now, back)
     }
 
     pub(crate) fn opened(&self, id: JobId, opened: Result<Opened, LoadError>) {
@@ -285,6 +284,9 @@ impl Shared {
                         let model = &job.files.key().name;
                         let choice = source.choice().map(ToString::to_string).unwrap_or_default();
                         tracing::info!(%model, path = %file.path.display(), choice, "reading");
+                    }
+                    if let (Some(copy), Some(model)) = (&copy, state.cache.model_mut(job.files.key())) {
+                        model.copied_to(copy);
                     }
                     job.opened(sources, copy, self.now());
                 }
@@ -309,14 +311,15 @@ impl Shared {
         self.lock().jobs.get_mut(id).is_some()
     }
 
-    pub(crate) fn read_begins(&self, tier: Tier) {
+    /// A read begins; from remote, `host` says from where.
+    pub(crate) fn read_begins(&self, tier: Tier, host: Option<&str>) {
         let now = self.now();
-        self.lock().meter_of(tier).begin(now);
+        self.lock().meters.begin(tier, host, now);
     }
 
-    pub(crate) fn read_ended(&self, tier: Tier, bytes: u64) {
+    pub(crate) fn read_ended(&self, tier: Tier, host: Option<&str>, bytes: u64) {
         let now = self.now();
-        self.lock().meter_of(tier).end(now, bytes);
+        self.lock().meters.end(tier, host, now, bytes);
     }
 
     pub(crate) fn copy_begins(&self, device: u32) {
@@ -377,8 +380,7 @@ impl Shared {
     fn end(&self, state: &mut State, id: JobId, end: Result<(), LoadError>) {
         let Some(job) = state.jobs.remove(id) else { return };
         let now = self.now();
-        state.meter.sample(now);
-        state.remote_meter.sample(now);
+        state.meters.sample(now);
         let Job { files, target, progress, copy, .. } = &job;
         let name = &files.key().name;
         let mut dropped = 0;
@@ -416,7 +418,8 @@ impl Shared {
         if let Some(copy) = copy.as_ref().filter(|_| kind != "fill") {
             self.copy_passed(copy, &end);
         }
-        if let (Some(ssd), Some(rate), Some(object)) = (&self.ssd, state.remote_meter.rate(), files.object())
+        if let (Some(ssd), Some(object)) = (&self.ssd, files.object())
+            && let Some(rate) = state.meters.host(host_of(&object.url))
         {
             ssd.measured(host_of(&object.url), rate);
         }
@@ -460,8 +463,8 @@ impl Shared {
                 self.end(state, id, Err(error));
                 ended += 1;
             }
-            let (now, reload) = (self.now(), self.reload(state));
-            let evicted = state.cache.shrink(&self.pool, now, reload);
+            let (now, back) = (self.now(), self.way_back(&state.meters));
+            let evicted = state.cache.shrink(&self.pool, now, back);
             if ended + evicted > 0 {
                 self.changed(state);
             } else {
@@ -476,8 +479,8 @@ impl Shared {
     /// Evicts at most so many chunks for the machine's sake. Returns how many went.
     pub(crate) fn shed(&self, chunks: usize) -> usize {
         let state = &mut *self.lock();
-        let (now, reload) = (self.now(), self.reload(state));
-        let evicted = state.cache.shed(chunks, now, reload);
+        let (now, back) = (self.now(), self.way_back(&state.meters));
+        let evicted = state.cache.shed(chunks, now, back);
         if evicted > 0 {
             self.changed(state);
         }
@@ -495,11 +498,8 @@ impl Shared {
 
     pub(crate) fn rates(&self) -> Vec<TierRate> {
         let state = self.lock();
-        let mut rates = vec![TierRate { tier: Tier::Ssd, rate: state.meter.rate() }];
-        if self.remote.is_some() {
-            rates.push(TierRate { tier: Tier::Remote, rate: state.remote_meter.rate() });
-        }
-        rates
+        let tiers = [Some(Tier::Ssd), self.remote.is_some().then_some(Tier::Remote)];
+        tiers.into_iter().flatten().map(|tier| TierRate { tier, rate: state.meters.rate(tier) }).collect()
     }
 
     pub(crate) fn stats(&self) -> StoreStats {
@@ -530,19 +530,10 @@ impl Shared {
             .set(self.bytes_of(self.pool.usage().in_use as usize).bytes() as f64);
         metrics::gauge!("stoker_store_mapped_bytes")
             .set(self.bytes_of(state.cache.room(0, None).held).bytes() as f64);
-        if let Some(rate) = state.meter.rate() {
-            metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => "ssd").set(rate.0);
+        for (tier, name) in [(Tier::Ssd, "ssd"), (Tier::Remote, "remote")] {
+            if let Some(rate) = state.meters.rate(tier) {
+                metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => name).set(rate.0);
+            }
         }
-        if let Some(rate) = state.remote_meter.rate() {
-            metrics::gauge!("stoker_store_rate_bytes_per_second", "tier" => "remote").set(rate.0);
-        }
-    }
-}
-
-// === impl State ===
-
-impl State {
-    fn meter_of(&mut self, tier: Tier) -> &mut Meter {
-        if tier == Tier::Remote { &mut self.remote_meter } else { &mut self.meter }
     }
 }

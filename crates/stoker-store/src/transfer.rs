@@ -16,7 +16,7 @@ use crate::{
     job::{Assignment, ChunkRead, JobId},
     shared::Shared,
     source::{FileSource, PartSource, Ticket},
-    ssd::SsdCopy,
+    ssd::{SsdCopy, host_of},
 };
 
 /// Gives reading threads their work.
@@ -153,7 +153,7 @@ impl PartRead {
         let Self { chunk, index, part } = self;
         let metered = chunk.reader.choice().is_from_medium();
         if metered {
-            shared.read_begins(chunk.tier);
+            shared.read_begins(chunk.tier, chunk.host());
         }
         let begin = part.start();
         let len = chunk.len().min(begin + part.len()).saturating_sub(begin);
@@ -347,7 +347,7 @@ impl Flight {
 
     fn end_metering(&mut self, bytes: u64) {
         if std::mem::take(&mut self.metered) {
-            self.shared.read_ended(self.chunk.tier, bytes);
+            self.shared.read_ended(self.chunk.tier, self.chunk.host(), bytes);
         }
     }
 }
@@ -385,6 +385,12 @@ impl ChunkTransfer {
     fn remote(&self) -> PathBuf {
         let file = self.file();
         file.origin.as_ref().map_or_else(|| file.path.clone(), |origin| origin.object.url.clone().into())
+    }
+
+    /// The host that it is read from, if that is a remote store's.
+    fn host(&self) -> Option<&str> {
+        let origin = self.file().origin.as_ref().filter(|_| self.tier == Tier::Remote)?;
+        Some(host_of(&origin.object.url))
     }
 
     /// First byte in the file.
@@ -517,9 +523,4 @@ pub(crate) fn not_pinned(error: &PinError) {
         tracing::warn!(%error, "memory can't be pinned: copies to devices will be several times slower");
     });
     metrics::counter!("stoker_store_unpinned_chunks_total").increment(1);
-}
-
-/// Time that a chunk takes from below at a rate; a guess before the first measurement, when all chunks cost the same.
-pub(crate) fn reload_time(chunk_bytes: u64, rate: Option<stoker_types::BytesPerSec>) -> Duration {
-    rate.map_or(Duration::from_millis(10), |rate| stoker_types::ByteSize(chunk_bytes).at(rate))
 }

@@ -18,8 +18,8 @@ use std::{
 
 use parking_lot::Mutex;
 use stoker_checkpoint::ChunkSum;
-use stoker_scheduler::eviction::{ChunkFacts, Heat};
-use stoker_types::{ByteSize, BytesPerSec, ModelName, clock};
+use stoker_scheduler::eviction::{ChunkFacts, Heat, TierRates};
+use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, clock};
 
 use copy::About;
 pub(crate) use copy::SsdCopy;
@@ -141,6 +141,8 @@ struct State {
     pinned: Vec<ModelName>,
     /// By host.
     rates: HashMap<String, BytesPerSec>,
+    /// Models that landed (true) or went (false) since the tier was opened.
+    landed: HashMap<ModelName, bool>,
 }
 
 /// Why there is no room for a copy.
@@ -306,7 +308,21 @@ impl SsdTier {
             of: &copy.files,
         };
         copy.strike_out()?;
-        self.inner.shelf.land(finished)
+        self.inner.shelf.land(finished)?;
+        self.inner.state.lock().landed.insert(copy.files.key().name.clone(), true);
+        Ok(())
+    }
+
+    /// Whether a model is whole on a disk, as far as that has changed since the tier was opened.
+    pub(crate) fn has(&self, model: &ModelName) -> Option<bool> {
+        self.inner.state.lock().landed.get(model).copied()
+    }
+
+    /// Has a model go from a disk. Blocks.
+    fn remove(&self, disk: &SsdDisk, model: &ModelName) -> io::Result<ByteSize> {
+        let freed = self.inner.shelf.remove(&disk.dir, model)?;
+        self.inner.state.lock().landed.insert(model.clone(), false);
+        Ok(freed)
     }
 
     /// A landed copy turned out to be damaged: it goes, unless somebody asked for it to stay. Blocks.
@@ -314,7 +330,7 @@ impl SsdTier {
         for disk in &self.inner.disks {
             let here = self.inner.shelf.shelved(&disk.dir).into_iter().any(|s| s.model == *model && !s.kept);
             if here {
-                match self.inner.shelf.remove(&disk.dir, model) {
+                match self.remove(disk, model) {
                     Ok(_) => {
                         tracing::warn!(%model, "a damaged copy is removed from SSD; the next load brings another")
                     }
@@ -394,8 +410,9 @@ impl SsdTier {
             let state = self.inner.state.lock();
             move |shelved: &Shelved| {
                 let heat = state.heat.get(&shelved.model).map_or(0.0, |heat| heat.at(now));
-                let rate = state.rates.get(&shelved.host);
-                let reload = rate.map_or(Duration::from_millis(100), |rate| WEIGHED_BYTES.at(*rate));
+                let slowest = || state.rates.values().copied().min_by(|a, b| a.0.total_cmp(&b.0));
+                let remote = state.rates.get(&shelved.host).copied().or_else(slowest);
+                let reload = TierRates { ssd: None, remote }.reload(Tier::Remote, WEIGHED_BYTES);
                 ChunkFacts { heat, reload, position: 0, of: 1 }.keep_score()
             }
         };
@@ -407,7 +424,7 @@ impl SsdTier {
             .map(|(.., shelved)| shelved.model.clone());
         drop(worth);
         let model = worst?;
-        match self.inner.shelf.remove(&disk.dir, &model) {
+        match self.remove(disk, &model) {
             Ok(freed) => {
                 metrics::counter!("stoker_store_ssd_evictions_total").increment(1);
                 tracing::info!(%model, %freed, "evicted from SSD");

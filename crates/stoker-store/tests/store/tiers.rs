@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -36,7 +36,12 @@ struct Elsewhere {
     under_way: Arc<AtomicUsize>,
     most_under_way: Arc<AtomicUsize>,
     reads_max: usize,
+    /// Microseconds of a clock that only goes on when it is looked at, and by what a remote read takes.
+    clock: Arc<AtomicU64>,
 }
+
+/// What a remote read takes on that clock: more than all looks at it.
+const REMOTE_READ_US: u64 = 100_000;
 
 struct ElsewhereReader {
     inner: Arc<dyn Reader>,
@@ -111,6 +116,7 @@ impl Reader for ElsewhereReader {
         of.most_under_way.fetch_max(now, Ordering::SeqCst);
         let (inner, object) = (Arc::clone(&self.inner), self.object.clone());
         std::thread::spawn(move || {
+            of.clock.fetch_add(REMOTE_READ_US, Ordering::SeqCst);
             let is = inner.stamp().unwrap();
             if Some(is.mtime_ns.to_string()) != object.etag {
                 of.under_way.fetch_sub(1, Ordering::SeqCst);
@@ -180,6 +186,7 @@ impl Bed {
             under_way: Arc::default(),
             most_under_way: Arc::default(),
             reads_max: 3,
+            clock: Arc::default(),
         };
         let budget = ByteSize((budget_chunks * CHUNK) as u64);
         let disk = SsdDisk { dir: dir.path().join("ssd"), budget, reserve: ByteSize::ZERO };
@@ -575,6 +582,68 @@ async fn what_is_left_of_an_old_version_makes_room_for_the_new() {
     assert_eq!(copied(&store, &new.files).await, CopyEnd::Landed);
     check_landed(&bed, &new).await;
     assert!(!left.dir.exists());
+}
+
+// === what stays in memory ===
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_only_remote_stays_in_memory_longer() {
+    const CHUNKS: usize = 70;
+    // Without room for a copy, then with one that lands.
+    for (ssd_chunks, lands) in [(1, false), (100, true)] {
+        let bed = Bed::new(ssd_chunks);
+        let clock = Arc::clone(&bed.remote.clock);
+        let store = Store::open(StoreConfig {
+            chunk: ByteSize(CHUNK as u64),
+            // From the medium: reads from the page cache say nothing about the disk.
+            read_mode: ReadMode::Direct,
+            opener: Arc::new(bed.local.clone()),
+            remote: Some(Arc::new(bed.remote.clone())),
+            ssd: Some(bed.tier()),
+            clock: Arc::new(move || Duration::from_micros(clock.fetch_add(1, Ordering::SeqCst))),
+            ..StoreConfig::new(ByteSize(2 * CHUNKS as u64 * CHUNK as u64))
+        })
+        .unwrap();
+        // Used first, so a little colder.
+        let far = bed.away("far", &[CHUNKS * CHUNK], Trust::Chunk);
+        drop(load(&store, &far.files).await.unwrap());
+        if lands {
+            until("landed", || bed.shelf.landed.lock().len() == 1).await;
+            until("cleared up", || bed.tier().look()[0].copies.is_empty()).await;
+        }
+        let path = bed.dir.path().join("near");
+        fs::write(&path, bytes("near", 1, CHUNKS * CHUNK)).unwrap();
+        let near = SourceFile {
+            path: path.clone(),
+            identity: identity(&path),
+            chunk_sums: Vec::new(),
+            sha256: None,
+            origin: None,
+        };
+        let near =
+            CheckpointFiles::new(ModelName::new("near").unwrap(), vec![near], Trust::None, CHUNK as u64, [])
+                .unwrap();
+        drop(load(&store, &near).await.unwrap());
+        let rates: Vec<_> = store.stats().rates.iter().map(|rate| rate.rate.unwrap().0).collect();
+        assert!(rates[0] > 4.0 * rates[1], "SSD and remote: {rates:?}");
+        let resident = || -> Vec<_> {
+            store
+                .stats()
+                .residency
+                .iter()
+                .map(|r| (r.model.to_string(), r.resident.0 / CHUNK as u64))
+                .collect()
+        };
+        assert_eq!(resident(), [("far".into(), 70), ("near".into(), 70)]);
+        store.set_budget(ByteSize(120 * CHUNK as u64)).await;
+        match &resident()[..] {
+            [(_, far), (_, near)] if lands => {
+                assert_eq!(far + near, 120);
+                assert!(*far <= 60, "both are on SSD, and it is the colder: {far} of it stay");
+            }
+            stay => assert_eq!(stay, [("far".into(), 70), ("near".into(), 50)]),
+        }
+    }
 }
 
 // === budget ===
