@@ -64,8 +64,8 @@ struct Shared {
     others: AtomicU64,
     /// Nanoseconds for which the link was busy, as modelled.
     busy_ns: AtomicU64,
-    /// Copies wait while this is so.
-    paused: Mutex<bool>,
+    /// Bytes that may still be copied before copies wait; `None`: they don't.
+    paused: Mutex<Option<u64>>,
     resumed: Condvar,
     /// Bytes that may still be copied before the next fault.
     fault: Mutex<Option<(u64, DeviceError)>>,
@@ -170,9 +170,14 @@ impl SimulatedDevice {
         self.shared.others.store(bytes.bytes(), Ordering::Relaxed);
     }
 
-    /// Has copies wait from now on, or no longer.
-    pub fn pause(&self, paused: bool) {
-        *self.shared.paused.lock() = paused;
+    /// After `bytes` more, copies wait until [`Self::resume`].
+    pub fn pause_after(&self, bytes: ByteSize) {
+        *self.shared.paused.lock() = Some(bytes.bytes());
+    }
+
+    /// Copies wait no longer.
+    pub fn resume(&self) {
+        *self.shared.paused.lock() = None;
         self.shared.resumed.notify_all();
     }
 
@@ -259,7 +264,7 @@ impl Device for SimulatedDevice {
 impl Drop for SimulatedDevice {
     fn drop(&mut self) {
         self.shared.queue.close(&DeviceError::Closed);
-        self.pause(false);
+        self.resume();
         if let Some(link) = self.link.take()
             && link.thread().id() != std::thread::current().id()
         {
@@ -291,7 +296,7 @@ impl Shared {
     }
 
     fn make(&self, transfer: &Transfer) -> Result<(), DeviceError> {
-        self.wait_until_resumed();
+        self.wait_until_resumed(transfer.bytes());
         self.meet_fault(transfer.bytes())?;
         let Memory::Host(memory) = transfer.to.memory() else {
             return Err(DeviceError::WrongDevice { is: transfer.to.device(), wanted: self.ordinal });
@@ -317,9 +322,12 @@ impl Shared {
         Ok(())
     }
 
-    fn wait_until_resumed(&self) {
+    fn wait_until_resumed(&self, bytes: u64) {
         let mut paused = self.paused.lock();
-        self.resumed.wait_while(&mut paused, |paused| *paused);
+        self.resumed.wait_while(&mut paused, |paused| paused.is_some_and(|left| left < bytes));
+        if let Some(left) = &mut *paused {
+            *left -= bytes;
+        }
     }
 
     fn meet_fault(&self, bytes: u64) -> Result<(), DeviceError> {

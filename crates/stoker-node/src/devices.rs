@@ -174,6 +174,7 @@ impl Slabs {
         let _turn = self.inner.turn.lock().await;
         let layout = layout.announcing(files);
         let (gate, bytes) = (layout.arrivals().unwrap_or(0), layout.slab_bytes());
+        let words = layout.bytes().saturating_sub(ByteSize(gate)).bytes();
         let there = self.join(files.key());
         let needed = if there.is_some() { ByteSize::ZERO } else { bytes };
         let room = self.make_room(model, needed, bytes, wanted, ours).await;
@@ -192,7 +193,7 @@ impl Slabs {
             let allocate = move || {
                 let slab = device.allocate(bytes, granule)?;
                 // Nothing has arrived.
-                device.clear(&slab, gate, bytes.saturating_sub(ByteSize(gate)).bytes())?;
+                device.clear(&slab, gate, words)?;
                 Ok(slab)
             };
             let allocated = tokio::task::spawn_blocking(allocate).await;

@@ -118,6 +118,9 @@ pub(crate) async fn serve(
                     end.begin(Duration::from_millis(order.grace_ms), &commands);
                 }
                 None => {
+                    if delivery.as_ref().is_some_and(Delivery::abandoned) {
+                        send(Command::NotDelivered, &commands);
+                    }
                     tracing::warn!(grace = ?limits.orphan_grace, "the node is gone; running streams may finish");
                     end.begin(limits.orphan_grace, &commands);
                 }
@@ -212,6 +215,17 @@ impl Delivery {
         let (sender, landing) = watch::channel(landing);
         let delivery = Self { instance: load.instance, landing: sender };
         (LoadOrder { load, granules: begun.unwrap_or_default(), landing }, delivery)
+    }
+
+    /// Whoever delivered is gone. True: before everything was there.
+    fn abandoned(&self) -> bool {
+        self.landing.send_if_modified(|landing| {
+            let coming = *landing == Landing::Coming;
+            if coming {
+                *landing = Landing::Failed("the node is gone".into());
+            }
+            coming
+        })
     }
 
     /// The node says how it ended. True: it failed.

@@ -42,7 +42,7 @@ fn slow_worker() -> ExitCode {
 }
 
 #[test]
-#[ignore = "a worker's process, for a GPU that it has no engine for"]
+#[ignore = "a worker's process, for a GPU"]
 fn cuda_worker() -> ExitCode {
     worker(WorkerDevice::Cuda(0), None)
 }
@@ -327,7 +327,7 @@ async fn a_delivery_that_fails_leaves_nothing_and_the_next_one_works() {
 async fn a_start_that_is_given_up_gives_the_devices_memory_back() {
     let sim =
         Sim::over(vec![device(0, ByteSize::mib(64), None)], workers("devices::real_worker"), tiny_models());
-    sim.devices[0].pause(true);
+    sim.devices[0].pause_after(ByteSize::ZERO);
     sim.bed.until("two workers are ready", |s| idle(s) == 2).await;
     let (first, second) = (sim.order("tiny-llama"), sim.order("tiny-llama"));
     let starting = tokio::spawn({
@@ -351,7 +351,7 @@ async fn a_start_that_is_given_up_gives_the_devices_memory_back() {
     // Copies that the device has come to their end before anybody else gets the memory.
     tokio::task::yield_now().await;
     assert_eq!(sim.used(0), ByteSize(PAGE));
-    sim.devices[0].pause(false);
+    sim.devices[0].resume();
     stopping.await.unwrap().unwrap();
     let failure = starting.await.unwrap().unwrap_err();
     assert!(matches!(failure, StartFailure::Cancelled { .. }), "{failure}");
@@ -400,14 +400,14 @@ async fn room_on_a_device_is_found_or_the_error_says_who_has_it() {
 async fn a_worker_may_serve_before_the_weights_are_there() {
     let sim = Sim::noise(one_worker("devices::eager_worker"), None);
     let mut events = sim.bed.node.events();
-    sim.devices[0].pause(true);
+    sim.devices[0].pause_after(ByteSize::ZERO);
     let first = sim.order("a");
     let started = sim.bed.node.start(first.clone()).await.unwrap();
     let state = sim.bed.node.look().await.devices[0].clone();
     assert_eq!((state.resident.len(), state.weights), (0, ByteSize::mib(4)), "on their way");
     // What the worker has taken of the device counts as room for instances.
     assert_eq!(state.budget.effective, ByteSize::mib(12));
-    sim.devices[0].pause(false);
+    sim.devices[0].resume();
     let landed = instance_event(&mut events).await;
     let NodeEvent::InstanceLanded { instance, timeline, .. } = landed else { panic!("{landed:?}") };
     assert_eq!(instance, first.instance);
@@ -416,12 +416,12 @@ async fn a_worker_may_serve_before_the_weights_are_there() {
     sim.bed.node.stop(first.instance, StopMode::Now).await.unwrap();
 
     // They don't arrive: whoever is served is told, and everything goes.
-    sim.devices[0].pause(true);
+    sim.devices[0].pause_after(ByteSize::ZERO);
     let second = sim.order("b");
     let again = sim.bed.node.start(second.clone()).await.unwrap();
     assert_eq!(again.worker, started.worker);
     sim.devices[0].fail_after(ByteSize::ZERO, DeviceError::Simulated { device: 0, what: "lost a copy" });
-    sim.devices[0].pause(false);
+    sim.devices[0].resume();
     let lost = instance_event(&mut events).await;
     let NodeEvent::InstanceLost { instance, failure } = lost else { panic!("{lost:?}") };
     assert_eq!(instance, second.instance);
@@ -442,7 +442,7 @@ async fn what_is_on_its_way_for_nobody_arrives_for_the_next_or_gives_way() {
     sim.start("a").await.unwrap();
     let loading = |s: &stoker_types::NodeSnapshot| s.workers.iter().any(|w| w.state == WorkerState::Loading);
     let killed_while_loading = async || {
-        sim.devices[0].pause(true);
+        sim.devices[0].pause_after(ByteSize::ZERO);
         let (node, order) = (sim.bed.node.clone(), sim.order("b"));
         let starting = tokio::spawn(async move { node.start(order).await });
         let snapshot = sim.bed.until("b is loading", loading).await;
@@ -456,7 +456,7 @@ async fn what_is_on_its_way_for_nobody_arrives_for_the_next_or_gives_way() {
     let (node, order) = (sim.bed.node.clone(), sim.order("b"));
     let joining = tokio::spawn(async move { node.start(order).await });
     sim.bed.until("another worker waits for it", loading).await;
-    sim.devices[0].pause(false);
+    sim.devices[0].resume();
     let joined = joining.await.unwrap().unwrap();
     assert_eq!(joined.timeline.actual(Phase::SsdRead), None, "{joined:?}");
     let b = sim.bed.node.snapshot().workers.into_iter().find(|w| w.worker == joined.worker).unwrap();
@@ -469,7 +469,7 @@ async fn what_is_on_its_way_for_nobody_arrives_for_the_next_or_gives_way() {
     sim.bed.until("b makes room", given_way).await;
     // Nobody has its memory before the copies into it have ended.
     assert!(!starting.is_finished());
-    sim.devices[0].pause(false);
+    sim.devices[0].resume();
     starting.await.unwrap().unwrap();
     assert_eq!(sim.bed.node.snapshot().devices[0].resident, [name("a"), name("c")]);
     sim.bed.node.shutdown(Duration::ZERO).await;
@@ -486,15 +486,15 @@ async fn instance_event(events: &mut tokio::sync::broadcast::Receiver<NodeEvent>
 }
 
 #[tokio::test]
-async fn workers_of_a_gpu_that_is_not_there_say_what_is_missing() {
-    if stoker_device::driver_version().is_ok() {
-        // Here they would be ready; scripts/gpu/serve has more to say.
+async fn a_gpu_that_is_not_there_is_said_not_to_be() {
+    if stoker_device::cuda_devices().is_ok() {
         return;
     }
     let sim = Sim::noise(one_worker("devices::cuda_worker"), None);
     let failure = sim.start("a").await.unwrap_err();
     assert!(matches!(failure, StartFailure::Worker { .. }), "{failure}");
-    assert!(failure.to_string().contains("CUDA"), "{failure}");
+    assert!(failure.to_string().contains("install the NVIDIA driver"), "{failure}");
+    sim.emptied().await;
     sim.bed.node.shutdown(Duration::ZERO).await;
 }
 
