@@ -1,5 +1,5 @@
 """A server on a GPU, on a machine that has one: the same answers as on the CPU, swaps, killed workers, memory that comes back;
-then first tokens of LLaMA-2-7B shapes through the whole server. Run by scripts/gpu/serve.
+then first tokens of LLaMA-2-7B shapes through the whole server. Run by scripts/gpu/engine.
 
     python3 serve.py STOKER DATA SCRATCH [OUT]
 """
@@ -132,20 +132,23 @@ def large_model():
             (instance,) = server.json("ps")["instances"]
             os.kill(instance["pid"], signal.SIGKILL)
             until(lambda: instance["pid"] not in {i["pid"] for i in server.json("ps")["instances"]})
+            # A worker that was ready takes over; the one that takes its place needs a GPU context first.
+            check(until(lambda: server.json("ps")["workers_idle"] > 0), "a worker is ready")
             killed.append(post(server, ask(50 + n, length), True)[0])
         times = post(server, ask(70, length, 128), True)
-        per_token = statistics.median(b - a for a, b in zip(times, times[1:])) if len(times) > 2 else float("nan")
+        # Random weights bring ids that the tokenizer has no text for: what there is to see is the first and the end.
+        per_token = (times[-1] - times[0]) / 127
         ms = lambda seconds: [round(s * 1e3, 1) for s in seconds]
         report.update(
             prompt_tokens=usage, warm_ms=ms(warm), cold_ms=ms(cold), after_kill_ms=ms(killed),
-            token_ms=round(per_token * 1e3, 2), tokens=len(times),
+            token_ms=round(per_token * 1e3, 2),
         )
         explained = server.command("explain", "m").stdout
         print(explained)
         print(server.command("ps").stdout)
     for name in ("warm_ms", "cold_ms", "after_kill_ms"):
         print(f"{name:14} median {statistics.median(report[name]):.1f}  all {report[name]}")
-    print(f"token_ms       {report['token_ms']} over {report['tokens']} tokens")
+    print(f"token_ms       {report['token_ms']} over 128 tokens")
 
 
 small_models()

@@ -241,7 +241,6 @@ impl Node {
             sequences_max: *sequences_max,
             kv_bytes: kv_bytes.bytes(),
             threads: place.threads,
-            chunk_bytes: self.inner.store.chunk_bytes(),
             ..Load::default()
         };
         let Some(slabs) = &place.slabs else {

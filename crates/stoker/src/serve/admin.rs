@@ -20,6 +20,7 @@ use stoker_controller::{ControllerHandle, DecisionRecord, Explanation, InstanceS
 use stoker_node::Node;
 use stoker_types::{
     ByteSize, BytesPerSec, DeviceMemoryState, MemoryBudget, ModelName, Refusal, StartFailure, TierRate,
+    WorkerState,
 };
 use tokio::{net::UnixListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -63,6 +64,9 @@ pub(crate) struct StatusReport {
     pub(crate) cached: Vec<CachedRow>,
     /// Worker processes, whatever they do.
     pub(crate) workers: usize,
+    /// Of these, those that are ready for a model.
+    #[serde(default)]
+    pub(crate) workers_idle: usize,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -302,6 +306,7 @@ async fn status(State(state): State<AdminState>) -> Json<StatusReport> {
         instances,
         cached: snapshot.residency.into_iter().map(|(model, bytes)| CachedRow { model, bytes }).collect(),
         workers: snapshot.workers.len(),
+        workers_idle: snapshot.workers.iter().filter(|worker| worker.state == WorkerState::Idle).count(),
     })
 }
 
