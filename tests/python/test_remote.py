@@ -31,8 +31,18 @@ def until(what: str, so, seconds: float = 60):
         time.sleep(0.02)  # the interval of asking, not a hope
 
 
-def remote_server(store, config: str = CONFIG, port: int | None = None, models=None, **kwargs) -> Server:
-    server = Server(config, FLAGS, models, **kwargs)
+class Indexed(Server):
+    """Has started once its models are indexed, which a busy machine may not have done when the server answers."""
+
+    def start(self):
+        super().start()
+        models = lambda: json.loads(self.get("/v1/models")[1])["data"]
+        until("indexed", lambda: all(model["runnable"] for model in models()))
+        return self
+
+
+def remote_server(store, config: str = CONFIG, port=None, models=None, kind=Indexed, **kwargs) -> Server:
+    server = kind(config, FLAGS, models, **kwargs)
     server.environment |= store.environment(port)
     return server
 
@@ -91,7 +101,7 @@ def test_pull_and_remove(store, gguf, tmp_path):
 
 
 def test_refused_credentials_say_what_to_do(store):
-    server = remote_server(store)
+    server = remote_server(store, kind=Server)
     server.environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
     failed = server.command("pull", "mine", "--source", "s3://models/smol", check=False)
     assert failed.returncode != 0
