@@ -266,9 +266,12 @@ mod tests {
 
     #[test]
     fn shapes_add_up_to_the_published_sizes() {
-        for (name, bytes) in
-            [("llama-2-7b", 13_476_831_232_u64), ("opt-125m", 250_478_592), ("falcon-7b", 13_843_441_408)]
-        {
+        for (name, bytes) in [
+            ("llama-2-7b", 13_476_831_232_u64),
+            ("opt-125m", 250_478_592),
+            ("falcon-7b", 13_843_441_408),
+            ("llama-2-70b-lora-r32", 828_375_040),
+        ] {
             let shapes = Shapes::deserialize(&shapes().unwrap()[name]).unwrap();
             assert_eq!(tensors(&shapes).unwrap().iter().map(|t| t.bytes).sum::<u64>(), bytes, "{name}");
         }
