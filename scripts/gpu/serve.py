@@ -34,24 +34,34 @@ def check(right: bool, what: str):
 
 
 def post(server, body, first=False):
-    """The answer, or with `first` the seconds until the first token and until each of the others."""
+    """The answer, or with `first` the seconds until each piece of text, then how many tokens there were."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     begun = time.perf_counter()
     connection.request(
-        "POST", "/v1/completions", json.dumps({**body, "stream": first}), {"content-type": "application/json"}
+        "POST",
+        "/v1/completions",
+        json.dumps({**body, **({"stream": True, "stream_options": {"include_usage": True}} if first else {})}),
+        {"content-type": "application/json"},
     )
     response = connection.getresponse()
     if response.status != 200 or not first:
         answer = response.read()
         assert response.status == 200, answer[:600]
         return json.loads(answer)
-    times = []
+    times, tokens = [], 0
     while line := response.readline():
         if line.startswith(b"data: {"):
             if b'"error"' in line:
                 raise RuntimeError(line.decode())
             times.append(time.perf_counter() - begun)
-    return times
+            tokens = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", tokens)
+    return [*times, tokens]
+
+
+def milliseconds_a_token(times) -> float:
+    # Random weights bring ids that the tokenizer has no text for: what there is to see is the first and the end.
+    *times, tokens = times
+    return (times[-1] - times[0]) / max(1, tokens - 1) * 1e3
 
 
 def text(server, model, prompt, tokens=16):
@@ -107,14 +117,14 @@ def large_model():
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(data / "tiny-llama" / name, made / name)
-    config = f'[models.m]\npath = "{made}"\ncontext = 2048\n'
-    with Server(config, ("--devices", "cuda:0", "--dram", "20GiB")) as server:
+    config = "".join(f'[models.{name}]\npath = "{made}"\ncontext = 1024\n' for name in "mnop")
+    with Server(config, ("--devices", "cuda:0", "--dram", "56GiB", "--workers-per-gpu", "2")) as server:
         letters = "abcdefghijklmnopqrstuvwxyz"
 
-        def ask(n, length, tokens=1):
+        def ask(n, length, tokens=1, model="m"):
             # Another beginning each time, so that nothing comes from the prefix cache.
             prompt = "".join(letters[(i * 7 + i // 26 + n * 5) % 26] for i in range(length))
-            return {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+            return {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
 
         length = 128
         usage = post(server, ask(0, length))["usage"]["prompt_tokens"]
@@ -136,19 +146,25 @@ def large_model():
             check(until(lambda: server.json("ps")["workers_idle"] > 0), "a worker is ready")
             killed.append(post(server, ask(50 + n, length), True)[0])
         times = post(server, ask(70, length, 128), True)
-        # Random weights bring ids that the tokenizer has no text for: what there is to see is the first and the end.
-        per_token = (times[-1] - times[0]) / 127
+        per_token = milliseconds_a_token(times)
+        busy = {}
+        for models in ("mn", "mnop"):
+            for model in models:
+                post(server, ask(80, length, 1, model))
+            with concurrent.futures.ThreadPoolExecutor(len(models)) as threads:
+                all_times = list(threads.map(lambda m: post(server, ask(90, length, 128, m), True), models))
+            busy[len(models)] = round(statistics.mean(milliseconds_a_token(times) for times in all_times), 2)
         ms = lambda seconds: [round(s * 1e3, 1) for s in seconds]
         report.update(
             prompt_tokens=usage, warm_ms=ms(warm), cold_ms=ms(cold), after_kill_ms=ms(killed),
-            token_ms=round(per_token * 1e3, 2),
+            token_ms=round(per_token, 2), token_ms_of_busy_models=busy,
         )
         explained = server.command("explain", "m").stdout
         print(explained)
         print(server.command("ps").stdout)
     for name in ("warm_ms", "cold_ms", "after_kill_ms"):
         print(f"{name:14} median {statistics.median(report[name]):.1f}  all {report[name]}")
-    print(f"token_ms       {report['token_ms']} over 128 tokens")
+    print(f"token_ms       {report['token_ms']}; of several busy models {report['token_ms_of_busy_models']}")
 
 
 small_models()
