@@ -119,7 +119,7 @@ impl Engine {
                 (Arc::new(CudaDevice::open(ordinal, &CudaOptions::default())?), DeviceKind::Cuda)
             }
             Place::Simulated(ordinal) => {
-                let options = SimulatedOptions { ordinal, ..SimulatedOptions::default() };
+                let options = SimulatedOptions { ordinal, exportable: false, ..SimulatedOptions::default() };
                 (Arc::new(SimulatedDevice::new(&options)?), DeviceKind::Cpu)
             }
             Place::Host => return Ok(None),

@@ -44,6 +44,8 @@ pub struct SimulatedOptions {
     /// Whether a copy takes the time that the link would ([`Self::rate`]), or only counts it
     /// ([`SimulatedDevice::modelled`]).
     pub real_time: bool,
+    /// Whether other processes can map its memory. If not, what a child of this process writes to it is the child's alone.
+    pub exportable: bool,
 }
 
 /// A device in host memory. One copy at a time, in the order in which they were queued.
@@ -58,6 +60,7 @@ struct Shared {
     memory: ByteSize,
     rate: Option<BytesPerSec>,
     real_time: bool,
+    exportable: bool,
     queue: Queue,
     used: Arc<AtomicU64>,
     /// Bytes that others hold.
@@ -79,6 +82,7 @@ pub struct SimulatedWindow {
 
 /// Files in memory, which take room only as they are written.
 pub(crate) struct HostMemory {
+    exportable: bool,
     space: Arc<HostSpace>,
     granule: u64,
     granules: Vec<Arc<HostGranule>>,
@@ -112,7 +116,7 @@ unsafe impl Sync for HostSpace {}
 
 impl Default for SimulatedOptions {
     fn default() -> Self {
-        Self { ordinal: 0, memory: ByteSize::gib(16), rate: None, real_time: false }
+        Self { ordinal: 0, memory: ByteSize::gib(16), rate: None, real_time: false, exportable: true }
     }
 }
 
@@ -124,7 +128,7 @@ impl SimulatedDevice {
     /// # Errors
     /// [`DeviceError::Os`] when no thread can be started.
     pub fn new(options: &SimulatedOptions) -> Result<Self, DeviceError> {
-        let &SimulatedOptions { ordinal, memory, rate, real_time } = options;
+        let &SimulatedOptions { ordinal, memory, rate, real_time, exportable } = options;
         let info = DeviceInfo {
             ordinal,
             name: "simulated".to_owned(),
@@ -141,6 +145,7 @@ impl SimulatedDevice {
             memory,
             rate,
             real_time,
+            exportable,
             queue: Queue::default(),
             used: Arc::default(),
             others: AtomicU64::new(0),
@@ -212,9 +217,10 @@ impl Device for SimulatedDevice {
             let free = ours.saturating_sub(ByteSize(used));
             return Err(DeviceError::OutOfMemory { device: ordinal, needed: ByteSize(len), free, total });
         }
-        let memory = HostMemory::new(len, granule, &self.shared.used).inspect_err(|_| {
-            self.shared.used.fetch_sub(len, Ordering::Relaxed);
-        })?;
+        let memory =
+            HostMemory::new(len, granule, self.shared.exportable, &self.shared.used).inspect_err(|_| {
+                self.shared.used.fetch_sub(len, Ordering::Relaxed);
+            })?;
         Ok(Slab::new(ordinal, len, Memory::Host(memory)))
     }
 
@@ -373,7 +379,7 @@ impl SimulatedWindow {
             if !sealed || u64::try_from(is).unwrap_or(0) < part as u64 {
                 return Err(wrong("one is no granule of a simulated device"));
             }
-            space.map(at, part, file, ProtFlags::READ)?;
+            space.map(at, part, file, ProtFlags::READ, MapFlags::SHARED)?;
         }
         Ok(Self { space })
     }
@@ -396,24 +402,33 @@ impl fmt::Debug for SimulatedWindow {
 // === impl HostMemory ===
 
 impl HostMemory {
-    fn new(bytes: u64, granule: u64, used: &Arc<AtomicU64>) -> Result<Self, DeviceError> {
+    fn new(bytes: u64, granule: u64, exportable: bool, used: &Arc<AtomicU64>) -> Result<Self, DeviceError> {
         let len = usize::try_from(bytes)
             .map_err(|error| DeviceError::Os { call: "mmap", words: error.to_string() })?;
         let step = usize::try_from(granule).unwrap_or(len);
         let space = Arc::new(HostSpace::reserve(len)?);
         let parts = (0..len).step_by(step).map(|at| (at, step.min(len - at)));
-        let files = parts.map(|(at, len)| Ok((at, len, space.add(at, len)?)));
+        let files = parts.map(|(at, len)| Ok((at, len, space.add(at, len, exportable)?)));
         let files = files.collect::<Result<Vec<_>, DeviceError>>()?;
         // From here on nothing fails: what a granule gives back when it goes was counted as used by the caller.
         let granules = files.into_iter().map(|(at, len, file)| {
             let (space, used) = (Arc::clone(&space), Arc::clone(used));
             Arc::new(HostGranule { space, at, len, file, used })
         });
-        Ok(Self { granule, granules: granules.collect(), space })
+        Ok(Self { granule, granules: granules.collect(), exportable, space })
     }
 
     /// A descriptor for each granule, for reading.
-    pub(crate) fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] when it isn't to leave the process.
+    pub(crate) fn export(&self, device: u32) -> Result<Vec<OwnedFd>, DeviceError> {
+        if !self.exportable {
+            return Err(DeviceError::Unsupported {
+                device,
+                what: "export memory that is its process's alone",
+            });
+        }
         let export_one = |granule: &Arc<HostGranule>| {
             let path = format!("/proc/self/fd/{}", granule.file.as_raw_fd());
             rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(os("open"))
@@ -474,29 +489,30 @@ impl HostSpace {
     }
 
     /// New memory behind a part of the addresses.
-    fn add(&self, at: usize, len: usize) -> Result<OwnedFd, DeviceError> {
+    fn add(&self, at: usize, len: usize, exportable: bool) -> Result<OwnedFd, DeviceError> {
         let file = rustix::fs::memfd_create("stoker-device", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(os("memfd_create"))?;
         rustix::fs::ftruncate(&file, len as u64).map_err(os("ftruncate"))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(os("fcntl"))?;
-        self.map(at, len, &file, ProtFlags::READ | ProtFlags::WRITE)?;
+        let kind = if exportable { MapFlags::SHARED } else { MapFlags::PRIVATE };
+        self.map(at, len, &file, ProtFlags::READ | ProtFlags::WRITE, kind)?;
         Ok(file)
     }
 
-    fn map(&self, at: usize, len: usize, file: &OwnedFd, access: ProtFlags) -> Result<(), DeviceError> {
+    fn map(
+        &self,
+        at: usize,
+        len: usize,
+        file: &OwnedFd,
+        access: ProtFlags,
+        kind: MapFlags,
+    ) -> Result<(), DeviceError> {
         assert!(at <= self.len && len <= self.len - at, "a granule lies within its slab");
         // SAFETY: replaces a part of the reservation (above) that nobody uses yet.
         let mapped = unsafe {
             let at = self.base.as_ptr().add(at).cast();
-            rustix::mm::mmap(
-                at,
-                len,
-                access,
-                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                file,
-                0,
-            )
+            rustix::mm::mmap(at, len, access, kind | MapFlags::FIXED | MapFlags::NORESERVE, file, 0)
         };
         mapped.map(|_| ()).map_err(os("mmap"))
     }
@@ -588,6 +604,17 @@ mod tests {
 
     fn device_of(ordinal: u32) -> SimulatedDevice {
         device(&SimulatedOptions { ordinal, ..SimulatedOptions::default() })
+    }
+
+    #[test]
+    fn memory_of_one_process_is_not_exported() {
+        let device = device(&SimulatedOptions { exportable: false, ..SimulatedOptions::default() });
+        let slab = device.allocate(ByteSize::mib(1), ByteSize::ZERO).unwrap();
+        copy(&device, vec![7; 4], &slab, vec![Cut::range(0, 4, 100)]).unwrap();
+        let mut read = [0; 4];
+        device.read(&slab, 100, &mut read).unwrap();
+        assert_eq!(read, [7; 4]);
+        assert!(matches!(slab.export(), Err(DeviceError::Unsupported { device: 0, .. })));
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl Slab {
     pub fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
         match &self.inner.memory {
             Memory::Cuda(mapping) => mapping.export(),
-            Memory::Host(memory) => memory.export(),
+            Memory::Host(memory) => memory.export(self.inner.device),
         }
     }
 

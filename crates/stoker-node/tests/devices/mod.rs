@@ -99,7 +99,7 @@ struct Sim {
 }
 
 fn device(ordinal: u32, memory: ByteSize, rate: Option<BytesPerSec>) -> Arc<SimulatedDevice> {
-    let options = SimulatedOptions { ordinal, memory, rate, real_time: false };
+    let options = SimulatedOptions { ordinal, memory, rate, real_time: false, exportable: true };
     Arc::new(SimulatedDevice::new(&options).unwrap())
 }
 

@@ -102,7 +102,8 @@ fn open_one(
             Ok((Arc::new(device), format!("cuda:{ordinal}"), WORK_CUDA))
         }
         DeviceSpec::Simulated { memory, rate } => {
-            let options = SimulatedOptions { ordinal: at, memory, rate, real_time: rate.is_some() };
+            let options =
+                SimulatedOptions { ordinal: at, memory, rate, real_time: rate.is_some(), exportable: true };
             Ok((Arc::new(SimulatedDevice::new(&options)?), format!("simulated:{at}"), ByteSize::ZERO))
         }
     }
