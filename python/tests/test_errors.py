@@ -207,11 +207,21 @@ def test_a_node_that_goes_away_is_said_so(silent_node):
 
 
 def test_a_file_that_changes_meanwhile(tmp_path):
-    # Replaced between the header and the bytes: done from the callback of the first chunk.
+    # Touched all the time, so that it has changed between its header and its last byte however fast the load is.
     path = save(tmp_path / "m.safetensors", {f"t{i}": ("U8", (24 << 20,), noise(i, 24 << 20)) for i in range(6)})
+    ended = threading.Event()
 
-    def touch(arrived, total):
-        os.utime(path, (1, 1))
+    def touch():
+        stamp = 0
+        while not ended.is_set():
+            stamp += 1
+            os.utime(path, (stamp, stamp))
 
-    with pytest.raises(stoker.ChangedError):
-        stoker.load(path, "simulated", progress=touch)
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(stoker.ChangedError):
+            stoker.load(path, "simulated")
+    finally:
+        ended.set()
+        thread.join()
