@@ -5,6 +5,7 @@
 //!
 //! - [`estimate`]: how long a start takes, fitted by every start that was measured.
 //! - [`eviction`]: which chunk of the memory tier goes first.
+//! - [`placement`]: on which server of a cluster a model starts soonest, and who makes room for it there.
 //! - [`residency`]: which models are on the device, who starts, who makes room.
 //! - [`sizing`]: how much KV cache an instance gets.
 
@@ -12,6 +13,7 @@ mod cover;
 pub mod estimate;
 pub mod eviction;
 mod ewma;
+pub mod placement;
 pub mod residency;
 pub mod sizing;
 
