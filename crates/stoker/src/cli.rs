@@ -267,6 +267,8 @@ pub(crate) enum BenchCommand {
     Engine(BenchEngineArgs),
     /// A model that is in memory: its first token on a GPU, beside the copy of its weights alone
     Cold(BenchColdArgs),
+    /// Placement decisions over a whole cluster's state, in memory
+    Schedule(BenchScheduleArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -469,6 +471,25 @@ pub(crate) struct BenchEngineArgs {
     /// Threads [default: physical cores]
     #[arg(long)]
     pub(crate) threads: Option<u32>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct BenchScheduleArgs {
+    /// Servers of 8 GPUs
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) nodes: u32,
+    /// Models, asked for by Zipf's law
+    #[arg(long, default_value_t = 10_000)]
+    pub(crate) models: u32,
+    /// Decisions
+    #[arg(long, default_value_t = 20_000)]
+    pub(crate) decisions: u32,
+    /// Of everything that is drawn
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Streams stay where they are
+    #[arg(long)]
+    pub(crate) no_migration: bool,
 }
 
 #[derive(Debug, Args)]

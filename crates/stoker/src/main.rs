@@ -118,6 +118,9 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
             let dir = config.dirs.data.join("bench");
             Box::pin(commands::bench::cold::run(&args, &dir, output)).await?;
         }
+        Command::Bench(BenchCommand::Schedule(args)) => {
+            tokio::task::block_in_place(|| commands::bench::schedule::run(&args, output))?;
+        }
         Command::Worker(_) | Command::Keeper(_) => anyhow::bail!("this needs a process of its own"),
     }
     Ok(ExitCode::SUCCESS)

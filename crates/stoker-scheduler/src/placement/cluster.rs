@@ -1,11 +1,9 @@
 //! What the scheduler knows of a cluster: nodes, devices, which weights are where, instances. Kept up to date by deltas;
 //! a decision reads it and copies nothing.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
+use ahash::AHashMap;
 use stoker_types::{ByteSize, BytesPerSec, DeviceId, InstanceId};
 
 use super::terms::{Micros, micros, transfer};
@@ -178,14 +176,20 @@ pub enum DeltaError {
 }
 
 /// The cluster. See the module's documentation.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Cluster {
     pub(super) nodes: BTreeMap<NodeKey, usize>,
     /// Dense, so that a decision's pass over all servers stays in cache. A removed node's place is used again.
     pub(super) states: Vec<NodeState>,
     vacant: Vec<usize>,
-    pub(super) models: HashMap<ModelKey, ModelState>,
-    pub(super) instances: HashMap<InstanceId, InstanceSpec>,
+    /// Of the servers that are open, microseconds for a byte: no server without a model's weights has them sooner.
+    fastest_remote: f64,
+    pub(super) models: AHashMap<ModelKey, ModelState>,
+    /// Positions in `specs`.
+    instances: AHashMap<InstanceId, u32>,
+    /// Side by side, because a decision looks at many. A removed instance's place is used again.
+    specs: Vec<InstanceSpec>,
+    vacant_specs: Vec<u32>,
 }
 
 #[derive(Debug, Clone)]
@@ -206,8 +210,8 @@ pub(super) struct DeviceState {
     pub(super) free: u64,
     pub(super) slots: u32,
     pub(super) link: Link,
-    /// In ascending order.
-    pub(super) instances: Vec<InstanceId>,
+    /// In ascending order, with their positions in the cluster's list.
+    pub(super) instances: Vec<(InstanceId, u32)>,
 }
 
 /// A way that bytes take, and until when loads that were ordered before have it.
@@ -221,8 +225,8 @@ pub(super) struct Link {
 #[derive(Debug, Clone)]
 pub(super) struct ModelState {
     pub(super) spec: ModelSpec,
-    /// By node.
-    pub(super) holders: BTreeMap<NodeKey, Residency>,
+    /// Who has any of it: positions in [`Cluster::states`], ascending.
+    pub(super) holders: Vec<(usize, Residency)>,
 }
 
 // === impl DeviceSet ===
@@ -344,7 +348,34 @@ fn per_byte(rate: BytesPerSec) -> f64 {
     if rate.0 > 0.0 { 1e6 / rate.0 } else { f64::INFINITY }
 }
 
+// === impl ModelState ===
+
+impl ModelState {
+    /// What a server has of it, by position.
+    pub(super) fn held(&self, at: usize) -> Residency {
+        self.holders
+            .binary_search_by_key(&at, |(at, _)| *at)
+            .map(|found| self.holders[found].1)
+            .unwrap_or_default()
+    }
+}
+
 // === impl Cluster ===
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            states: Vec::new(),
+            vacant: Vec::new(),
+            fastest_remote: f64::INFINITY,
+            models: AHashMap::new(),
+            instances: AHashMap::new(),
+            specs: Vec::new(),
+            vacant_specs: Vec::new(),
+        }
+    }
+}
 
 impl Cluster {
     /// Adds a server; one that was there under this key is forgotten with everything on it.
@@ -379,6 +410,7 @@ impl Cluster {
             self.states.len() - 1
         };
         self.nodes.insert(key, at);
+        self.find_fastest();
         Ok(())
     }
 
@@ -387,16 +419,18 @@ impl Cluster {
         let Some(at) = self.nodes.remove(&key) else { return Vec::new() };
         let state = &mut self.states[at];
         state.open = false;
-        let mut gone: Vec<InstanceId> = state.devices.drain(..).flat_map(|device| device.instances).collect();
+        let mut gone: Vec<InstanceId> =
+            state.devices.drain(..).flat_map(|device| device.instances).map(|(id, _)| id).collect();
         gone.sort_unstable();
         gone.dedup();
         self.vacant.push(at);
         for id in &gone {
-            self.instances.remove(id);
+            self.vacant_specs.extend(self.instances.remove(id));
         }
         for model in self.models.values_mut() {
-            model.holders.remove(&key);
+            model.holders.retain(|(holder, _)| *holder != at);
         }
+        self.find_fastest();
         gone
     }
 
@@ -406,6 +440,7 @@ impl Cluster {
     /// [`DeltaError::NoNode`].
     pub fn set_open(&mut self, key: NodeKey, open: bool) -> Result<(), DeltaError> {
         self.node_mut(key)?.open = open;
+        self.find_fastest();
         Ok(())
     }
 
@@ -417,6 +452,7 @@ impl Cluster {
         let node = self.node_mut(key)?;
         node.remote.per_byte = per_byte(rates.remote);
         node.ssd.per_byte = per_byte(rates.ssd);
+        self.find_fastest();
         Ok(())
     }
 
@@ -458,7 +494,7 @@ impl Cluster {
     /// Adds a model, or says anew what it is like. Its instances and what nodes hold of it stay.
     pub fn set_model(&mut self, key: ModelKey, spec: ModelSpec) {
         let entry = self.models.entry(key);
-        entry.and_modify(|m| m.spec = spec).or_insert_with(|| ModelState { spec, holders: BTreeMap::new() });
+        entry.and_modify(|m| m.spec = spec).or_insert_with(|| ModelState { spec, holders: Vec::new() });
     }
 
     /// What a server has of a model now.
@@ -471,14 +507,14 @@ impl Cluster {
         model: ModelKey,
         residency: Residency,
     ) -> Result<(), DeltaError> {
-        if !self.nodes.contains_key(&node) {
-            return Err(DeltaError::NoNode(node));
-        }
+        let at = *self.nodes.get(&node).ok_or(DeltaError::NoNode(node))?;
         let state = self.models.get_mut(&model).ok_or(DeltaError::NoModel(model))?;
-        if residency == Residency::default() {
-            state.holders.remove(&node);
-        } else {
-            state.holders.insert(node, residency);
+        let found = state.holders.binary_search_by_key(&at, |(at, _)| *at);
+        match (found, residency == Residency::default()) {
+            (Ok(found), true) => drop(state.holders.remove(found)),
+            (Ok(found), false) => state.holders[found].1 = residency,
+            (Err(_), true) => {}
+            (Err(place), false) => state.holders.insert(place, (at, residency)),
         }
         Ok(())
     }
@@ -486,7 +522,10 @@ impl Cluster {
     /// What a server has of a model.
     #[must_use]
     pub fn residency(&self, node: NodeKey, model: ModelKey) -> Residency {
-        self.models.get(&model).and_then(|state| state.holders.get(&node)).copied().unwrap_or_default()
+        let (Some(at), Some(state)) = (self.nodes.get(&node), self.models.get(&model)) else {
+            return Residency::default();
+        };
+        state.held(*at)
     }
 
     /// Adds an instance and takes its memory.
@@ -518,14 +557,20 @@ impl Cluster {
                 });
             }
         }
+        let place = self.vacant_specs.pop().unwrap_or_else(|| {
+            self.specs.push(spec);
+            u32::try_from(self.specs.len() - 1).unwrap_or(u32::MAX)
+        });
+        self.specs[place as usize] = spec;
+        self.instances.insert(id, place);
+        let node = self.node_mut(spec.node)?;
         for device in spec.devices.iter() {
             let state = &mut node.devices[device.0 as usize];
             state.free -= bytes;
             state.slots -= 1;
-            let at = state.instances.partition_point(|other| *other < id);
-            state.instances.insert(at, id);
+            let at = state.instances.partition_point(|(other, _)| *other < id);
+            state.instances.insert(at, (id, place));
         }
-        self.instances.insert(id, spec);
         Ok(())
     }
 
@@ -538,7 +583,8 @@ impl Cluster {
         id: InstanceId,
         change: impl FnOnce(&mut InstanceSpec),
     ) -> Result<(), DeltaError> {
-        let spec = self.instances.get_mut(&id).ok_or(DeltaError::NoInstance(id))?;
+        let place = *self.instances.get(&id).ok_or(DeltaError::NoInstance(id))?;
+        let spec = &mut self.specs[place as usize];
         let InstanceSpec { model, node, devices, device_bytes, .. } = *spec;
         change(spec);
         (spec.model, spec.node, spec.devices, spec.device_bytes) = (model, node, devices, device_bytes);
@@ -550,13 +596,15 @@ impl Cluster {
     /// # Errors
     /// [`DeltaError::NoInstance`].
     pub fn remove_instance(&mut self, id: InstanceId) -> Result<InstanceSpec, DeltaError> {
-        let spec = self.instances.remove(&id).ok_or(DeltaError::NoInstance(id))?;
+        let place = self.instances.remove(&id).ok_or(DeltaError::NoInstance(id))?;
+        self.vacant_specs.push(place);
+        let spec = self.specs[place as usize];
         if let Ok(node) = self.node_mut(spec.node) {
             for device in spec.devices.iter() {
                 let state = &mut node.devices[device.0 as usize];
                 state.free += spec.device_bytes.bytes();
                 state.slots += 1;
-                state.instances.retain(|other| *other != id);
+                state.instances.retain(|(other, _)| *other != id);
             }
         }
         Ok(spec)
@@ -565,7 +613,17 @@ impl Cluster {
     /// One instance.
     #[must_use]
     pub fn instance(&self, id: InstanceId) -> Option<&InstanceSpec> {
-        self.instances.get(&id)
+        self.instances.get(&id).map(|place| self.spec(*place))
+    }
+
+    /// The instance at a position that a device names.
+    pub(super) fn spec(&self, place: u32) -> &InstanceSpec {
+        &self.specs[place as usize]
+    }
+
+    /// Instances, in no order.
+    pub fn instances(&self) -> impl Iterator<Item = (InstanceId, &InstanceSpec)> {
+        self.instances.iter().map(|(id, place)| (*id, self.spec(*place)))
     }
 
     /// Bytes and slots that are free on a device.
@@ -582,6 +640,16 @@ impl Cluster {
 
     pub(super) fn node(&self, key: NodeKey) -> Option<&NodeState> {
         self.nodes.get(&key).map(|at| &self.states[*at])
+    }
+
+    /// The least time in which any server can have `bytes` that it doesn't hold.
+    pub(super) fn fetched_at_least(&self, bytes: u64) -> Micros {
+        if bytes == 0 { 0 } else { transfer(bytes, self.fastest_remote) }
+    }
+
+    fn find_fastest(&mut self) {
+        let open = self.states.iter().filter(|node| node.open);
+        self.fastest_remote = open.map(|node| node.remote.per_byte).fold(f64::INFINITY, f64::min);
     }
 
     fn node_mut(&mut self, key: NodeKey) -> Result<&mut NodeState, DeltaError> {

@@ -295,13 +295,16 @@ fn least_cost(cluster: &Cluster, demand: &Demand, judgement: &Judgement) -> Opti
     for node in cluster.nodes() {
         let state = cluster.node(node).unwrap();
         for devices in DeviceSet::all(state.devices.len(), spec.devices) {
-            let mut on: Vec<InstanceId> =
-                devices.iter().flat_map(|d| state.devices[d.0 as usize].instances.clone()).collect();
+            let mut on: Vec<InstanceId> = devices
+                .iter()
+                .flat_map(|d| state.devices[d.0 as usize].instances.clone())
+                .map(|(id, _)| id)
+                .collect();
             on.sort_unstable();
             on.dedup();
             let means: Vec<Vec<Means>> = on
                 .iter()
-                .map(|id| all_means(cluster, node, devices, cluster.instances[id], judgement))
+                .map(|id| all_means(cluster, node, devices, *cluster.instance(*id).unwrap(), judgement))
                 .collect();
             let mut chosen = Vec::new();
             every(cluster, node, devices, demand, &free, &on, &means, &mut chosen, &mut best);
@@ -389,7 +392,7 @@ fn every(
         entry.1 -= slots;
     };
     for (id, choice) in on.iter().zip(chosen.iter()) {
-        let victim = cluster.instances[id];
+        let victim = *cluster.instance(*id).unwrap();
         if let Some(choice) = choice {
             for device in victim.devices.iter() {
                 take(&mut free, (node, device), victim.device_bytes.bytes(), -1);
@@ -594,7 +597,7 @@ proptest! {
     #[test]
     fn accounts_balance(case in case(4, 3, false)) {
         let mut cluster = case.whole();
-        let ids: Vec<InstanceId> = cluster.instances.keys().copied().collect();
+        let ids: Vec<InstanceId> = cluster.instances().map(|(id, _)| id).collect();
         for id in ids {
             let spec = *cluster.instance(id).unwrap();
             prop_assert_eq!(cluster.add_instance(id, spec), Err(DeltaError::Twice(id)));

@@ -38,7 +38,7 @@ pub use terms::Terms;
 
 use crate::residency::{ModelKey, Rules};
 use cluster::NodeState;
-use terms::{Load, Micros, duration, micros};
+use terms::{Load, Micros, NEVER, duration, micros};
 use victims::{Means, Search};
 
 /// A model that somebody waits for, and that has no instance with a free seat.
@@ -218,6 +218,9 @@ pub fn place(
     }
 }
 
+/// Servers whose victims are looked at before any is searched: the first ones by what they could do without.
+const SHARPENED_MAX: usize = 256;
+
 /// One decision.
 struct Choice<'a> {
     cluster: &'a Cluster,
@@ -250,6 +253,56 @@ struct Bounded {
     at: usize,
 }
 
+/// The least cost of a server's best devices.
+struct AtBest {
+    /// Were all of it free.
+    empty: Option<(Micros, DeviceSet)>,
+    /// As it is.
+    free: Option<(Micros, DeviceSet)>,
+}
+
+/// The `count` least of some devices.
+struct Nearest {
+    count: usize,
+    /// Ascending; `len` of them.
+    least: [(Micros, u64, usize); DeviceSet::MAX],
+    len: usize,
+    all: DeviceSet,
+}
+
+// === impl Nearest ===
+
+impl Nearest {
+    const fn new(count: usize) -> Self {
+        Self { count, least: [(0, 0, 0); DeviceSet::MAX], len: 0, all: DeviceSet::EMPTY }
+    }
+
+    fn add(&mut self, device: (Micros, u64, usize)) {
+        self.all = self.all.with(device_id(device.2));
+        let kept = self.count.min(DeviceSet::MAX);
+        let mut at = self.len;
+        while at > 0 && device < self.least[at - 1] {
+            if at < kept {
+                self.least[at] = self.least[at - 1];
+            }
+            at -= 1;
+        }
+        if at < kept {
+            self.least[at] = device;
+            self.len = (self.len + 1).min(kept);
+        }
+    }
+
+    fn has_all(&self, devices: DeviceSet) -> bool {
+        self.all.shared(devices) == devices
+    }
+
+    fn set(&self) -> Option<DeviceSet> {
+        (self.len == self.count)
+            .then(|| self.least[..self.len].iter().map(|(_, _, at)| device_id(*at)).collect())
+    }
+}
+
 // === impl Choice ===
 
 impl<'a> Choice<'a> {
@@ -277,29 +330,26 @@ impl<'a> Choice<'a> {
     fn soonest(mut self, means: Means) -> Result<Plan, NoPlan> {
         let mut waiting = Vec::new();
         let mut large_enough = false;
-        for at in 0..self.cluster.states.len() {
-            let node = &self.cluster.states[at];
-            if !node.open {
-                continue;
+        for (at, held) in &self.model.holders {
+            large_enough |= self.bound(*at, *held, &mut waiting);
+        }
+        // Who holds nothing of it has to fetch all of it: is anybody of them worth a look?
+        let fetched = self.fetched_at_least();
+        if self.best.is_none() || fetched < self.limit() {
+            let mut holders = self.model.holders.iter().map(|(at, _)| *at).peekable();
+            for at in 0..self.cluster.states.len() {
+                if holders.next_if_eq(&at).is_none() {
+                    large_enough |= self.bound(at, Residency::default(), &mut waiting);
+                }
             }
-            self.effort.bounded += 1;
-            let (least, roomy) = self.at_best(node);
-            let Some((least, _)) = least else { continue };
-            large_enough = true;
-            let mut is_best_here = false;
-            if let Some((cost, devices)) = roomy {
-                self.offer_free(node, devices, cost);
-                is_best_here = cost <= least;
-            }
-            if !is_best_here {
-                waiting.push(Bounded { least, node: node.key, at });
-            }
+        } else {
+            self.open = fetched;
         }
         if !large_enough {
             return Err(NoPlan::TooLarge);
         }
         let limit = self.limit();
-        waiting.retain(|bounded| {
+        waiting.retain(|bounded: &Bounded| {
             let may_win = bounded.least < limit;
             if !may_win {
                 self.open = self.open.min(bounded.least);
@@ -307,21 +357,85 @@ impl<'a> Choice<'a> {
             may_win
         });
         waiting.sort_unstable();
-        let mut search = Search::new(self.cluster, self.judgement, means, self.now);
+        let mut search = Search::new(self.cluster, self.judgement, means.in_place(), self.now);
+        let sharpened = self.sharpened(&search, &waiting, 0);
+        self.search_all(&mut search, &sharpened, 0);
+        if means.relocate {
+            // Plans that take streams elsewhere cost at least what that costs: few of them are left to look at.
+            search.relocate();
+            let more = search.relocation_at_least();
+            let sharpened = self.sharpened(&search, &waiting, more);
+            self.search_all(&mut search, &sharpened, more);
+        }
+        self.finish(&search)
+    }
+
+    /// Enters what a server could do at best, and offers what it can do now. False when it is too small.
+    fn bound(&mut self, at: usize, held: Residency, waiting: &mut Vec<Bounded>) -> bool {
+        let node = &self.cluster.states[at];
+        if !node.open {
+            return false;
+        }
+        self.effort.bounded += 1;
+        let best = self.at_best(node, held);
+        let Some((least, _)) = best.empty else { return false };
+        if let Some((cost, devices)) = best.free {
+            self.offer_free(node, devices, cost);
+            if cost <= least {
+                return true;
+            }
+        }
+        waiting.push(Bounded { least, node: node.key, at });
+        true
+    }
+
+    /// The servers in the order of what they could do at best with what their victims cost, the first of them at least.
+    fn sharpened(&self, search: &Search<'_>, waiting: &[Bounded], more: Micros) -> Vec<Bounded> {
+        let spec = &self.model.spec;
+        let count = spec.devices.max(1) as usize;
+        let mut sharpened = waiting.to_vec();
+        for (at, bounded) in sharpened.iter_mut().enumerate() {
+            if at >= SHARPENED_MAX {
+                bounded.least = bounded.least.saturating_add(more);
+                continue;
+            }
+            let devices = &self.cluster.states[bounded.at].devices;
+            let mut penalties = [NEVER; DeviceSet::MAX];
+            for (penalty, device) in penalties.iter_mut().zip(devices) {
+                if device.spec.memory >= spec.device_bytes && device.spec.slots > 0 {
+                    *penalty = search.penalty_at_least(device, spec.device_bytes.bytes());
+                }
+            }
+            // A set of so many devices has one that costs no less than this.
+            let (_, least, _) = penalties.select_nth_unstable(count - 1);
+            bounded.least = bounded.least.saturating_add((*least).max(more));
+        }
+        sharpened.sort_unstable();
+        sharpened
+    }
+
+    /// The least cost on any server that holds nothing of the model.
+    fn fetched_at_least(&self) -> Micros {
+        let spec = &self.model.spec;
+        self.cluster.fetched_at_least(spec.weight_bytes.bytes()) + micros(spec.init)
+    }
+
+    /// Searches servers in order, as long as one of them, at `more` than its least cost, could win.
+    fn search_all(&mut self, search: &mut Search<'a>, waiting: &[Bounded], more: Micros) {
         for bounded in waiting {
-            if bounded.least >= self.limit() {
-                self.open = self.open.min(bounded.least);
-                break;
+            let least = bounded.least;
+            if least >= self.limit() {
+                self.open = self.open.min(least);
+                return;
             }
             if self.effort.searched >= self.judgement.servers_max || search.is_spent() {
                 self.open = self.open.min(bounded.least);
                 self.effort.cut_short = true;
-                break;
+                return;
             }
             self.effort.searched += 1;
-            self.search(&mut search, &self.cluster.states[bounded.at]);
+            self.search(search, &self.cluster.states[bounded.at], more);
         }
-        self.finish(&search)
     }
 
     /// The server on which it would load the soonest, whoever is there, and the soonest plan without migration on it.
@@ -329,7 +443,7 @@ impl<'a> Choice<'a> {
         let mut waiting: Vec<Bounded> = Vec::new();
         for (at, node) in self.cluster.states.iter().enumerate().filter(|(_, node)| node.open) {
             self.effort.bounded += 1;
-            if let (Some((least, _)), _) = self.at_best(node) {
+            if let Some((least, _)) = self.at_best(node, self.model.held(at)).empty {
                 waiting.push(Bounded { least, node: node.key, at });
             }
         }
@@ -341,10 +455,10 @@ impl<'a> Choice<'a> {
         for bounded in waiting {
             self.effort.searched += 1;
             let node = &self.cluster.states[bounded.at];
-            if let (_, Some((cost, devices))) = self.at_best(node) {
+            if let Some((cost, devices)) = self.at_best(node, self.model.held(bounded.at)).free {
                 self.offer_free(node, devices, cost);
             }
-            self.search(&mut search, node);
+            self.search(&mut search, node, 0);
             if self.best.is_some() {
                 break;
             }
@@ -359,13 +473,13 @@ impl<'a> Choice<'a> {
         for at in order {
             let node = &self.cluster.states[at];
             self.effort.bounded += 1;
-            let (least, roomy) = self.at_best(node);
-            large_enough |= least.is_some();
-            if let Some((cost, devices)) = roomy {
+            let best = self.at_best(node, self.model.held(at));
+            large_enough |= best.empty.is_some();
+            if let Some((cost, devices)) = best.free {
                 self.offer_free(node, devices, cost);
-            } else if least.is_some() {
+            } else if best.empty.is_some() {
                 self.effort.searched += 1;
-                self.search(&mut search, node);
+                self.search(&mut search, node, 0);
             }
             if self.best.as_ref().is_some_and(|best| best.terms.wait.is_zero()) {
                 break;
@@ -376,49 +490,38 @@ impl<'a> Choice<'a> {
     }
 
     /// The least cost on a server were all of it free, and on devices that are free now.
-    #[expect(clippy::type_complexity, reason = "twice the same, side by side")]
-    fn at_best(&self, node: &NodeState) -> (Option<(Micros, DeviceSet)>, Option<(Micros, DeviceSet)>) {
+    fn at_best(&self, node: &NodeState, held: Residency) -> AtBest {
         let spec = &self.model.spec;
         let need = spec.device_bytes.bytes();
-        let held = self.model.holders.get(&node.key).copied().unwrap_or_default();
         let now = micros(self.now);
         let count = spec.devices.max(1) as usize;
-        let cost = |devices| Load::new(node, devices, spec, held, self.prompt_tokens, now).total(0);
-        let best_of = |free_now: bool| {
-            let fits = |at: &usize| {
-                let device = &node.devices[*at];
-                if free_now {
-                    device.free >= need && device.slots > 0
-                } else {
-                    device.spec.memory.bytes() >= need && device.spec.slots > 0
-                }
-            };
-            let there: Vec<usize> =
-                held.devices.iter().map(|d| d.0 as usize).filter(|at| *at < node.devices.len()).collect();
-            if there.len() == count && there.iter().all(fits) {
-                return Some((cost(held.devices), held.devices));
+        let (mut empty, mut free) = (Nearest::new(count), Nearest::new(count));
+        let share = spec.share();
+        for (at, device) in node.devices.iter().enumerate() {
+            if device.spec.memory.bytes() < need || device.spec.slots == 0 {
+                continue;
             }
             // The devices whose links are through with it first; among equals, those that are left the least room.
-            let mut order = [(0, 0, 0); DeviceSet::MAX];
-            let mut len = 0;
-            for at in (0..node.devices.len()).filter(fits) {
-                let device = &node.devices[at];
-                order[len] = (device.link.queue(now) + device.link.time(spec.share()), device.free, at);
-                len += 1;
+            let order = (device.link.queue(now) + device.link.time(share), device.free, at);
+            empty.add(order);
+            if device.free >= need && device.slots > 0 {
+                free.add(order);
             }
-            if len < count {
-                return None;
-            }
-            let order = &mut order[..len];
-            if count == 1 {
-                order.select_nth_unstable(0);
-            } else {
-                order.sort_unstable();
-            }
-            let devices = order[..count].iter().map(|(_, _, at)| device_id(*at)).collect();
+        }
+        let cost = |devices| Load::new(node, devices, spec, held, self.prompt_tokens, now).total(0);
+        let there = held.devices.len() as usize == count;
+        let of = |nearest: &Nearest| {
+            let devices =
+                if there && nearest.has_all(held.devices) { held.devices } else { nearest.set()? };
             Some((cost(devices), devices))
         };
-        (best_of(false), best_of(true))
+        let free = of(&free);
+        // The same devices, most of the time.
+        let empty = match (&free, empty.set()) {
+            (Some((cost, devices)), Some(best)) if !there && best == *devices => Some((*cost, best)),
+            _ => of(&empty),
+        };
+        AtBest { empty, free }
     }
 
     /// What another plan has to cost less than.
@@ -439,30 +542,35 @@ impl<'a> Choice<'a> {
     }
 
     fn load(&self, node: &NodeState, devices: DeviceSet) -> Load {
-        let held = self.model.holders.get(&node.key).copied().unwrap_or_default();
+        let held = self.cluster.nodes.get(&node.key).map(|at| self.model.held(*at)).unwrap_or_default();
         Load::new(node, devices, &self.model.spec, held, self.prompt_tokens, micros(self.now))
     }
 
-    /// The best plan with victims on a server, if it beats the best so far.
-    fn search(&mut self, search: &mut Search<'a>, node: &'a NodeState) {
+    /// The best plan with victims on a server, if it beats the best so far. Every plan costs at least `more` than its load.
+    fn search(&mut self, search: &mut Search<'a>, node: &'a NodeState, more: Micros) {
         let spec = &self.model.spec;
-        let mut sets: Vec<(Micros, DeviceSet)> = DeviceSet::all(node.devices.len(), spec.devices.max(1))
-            .filter(|devices| {
-                devices.iter().all(|d| {
-                    let device = &node.devices[d.0 as usize];
-                    device.spec.memory >= spec.device_bytes && device.spec.slots > 0
-                })
-            })
-            .map(|devices| (self.load(node, devices).total(0), devices))
-            .collect();
-        sets.sort_unstable();
-        for (least, devices) in sets {
+        let need = spec.device_bytes.bytes();
+        let mut penalties = [NEVER; DeviceSet::MAX];
+        for (penalty, device) in penalties.iter_mut().zip(&node.devices) {
+            if device.spec.memory.bytes() >= need && device.spec.slots > 0 {
+                *penalty = search.penalty_at_least(device, need);
+            }
+        }
+        let mut sets: Vec<(Micros, DeviceSet, Load)> = Vec::new();
+        for devices in DeviceSet::all(node.devices.len(), spec.devices.max(1)) {
+            let penalty = devices.iter().map(|d| penalties[d.0 as usize]).max().unwrap_or(0);
+            if penalty < NEVER {
+                let load = self.load(node, devices);
+                sets.push((load.total(0).saturating_add(penalty.max(more)), devices, load));
+            }
+        }
+        sets.sort_unstable_by_key(|(least, devices, _)| (*least, *devices));
+        for (least, devices, load) in sets {
             if least >= self.limit() {
                 self.open = self.open.min(least);
                 break;
             }
-            let load = self.load(node, devices);
-            let found = search.cover(node, devices, spec.device_bytes.bytes(), &load, self.limit());
+            let found = search.cover(node, devices, need, &load, self.limit());
             if let Some(found) = found {
                 self.best = Some(Found {
                     cost: found.cost,

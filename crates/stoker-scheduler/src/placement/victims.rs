@@ -5,17 +5,21 @@
 //! can cost, is no less than the best plan found. Destinations are shared by a plan's victims: what one takes the others
 //! don't get, and loads of one plan to one server wait for each other.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
+use ahash::AHashMap;
 use stoker_types::{DeviceId, InstanceId};
 
 use super::{
     Judgement, NodeKey, Victim, VictimMeans,
-    cluster::{Activity, Cluster, DeviceSet, InstanceSpec, ModelState, NodeState},
+    cluster::{Activity, Cluster, DeviceSet, DeviceState, InstanceSpec, ModelState, NodeState, Residency},
     device_id,
     terms::{Load, Micros, NEVER, duration, micros, resume, transfer},
 };
 use crate::residency::ModelKey;
+
+/// Instances of a device that a quick bound takes into account: of more of them it knows nothing.
+const LOOKED_AT_MAX: usize = 32;
 
 /// By which means instances may make room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +37,7 @@ pub(super) struct Search<'a> {
     judgement: &'a Judgement,
     means: Means,
     now: Duration,
-    destinations: HashMap<ModelKey, Vec<Destination>>,
+    destinations: AHashMap<ModelKey, Vec<Destination>>,
     visited: u32,
     /// The least lower bound of what was given up for want of budget.
     open: Micros,
@@ -115,6 +119,11 @@ impl Means {
     pub(super) const STAYING: Self = Self { finish: true, ..Self::DROPPING };
     pub(super) const ALL: Self = Self { relocate: true, ..Self::STAYING };
     pub(super) const PREEMPTING: Self = Self { preempt: true, ..Self::STAYING };
+
+    /// Without taking anything elsewhere.
+    pub(super) const fn in_place(self) -> Self {
+        Self { relocate: false, ..self }
+    }
 }
 
 // === impl Search ===
@@ -126,11 +135,21 @@ impl<'a> Search<'a> {
             judgement,
             means,
             now,
-            destinations: HashMap::new(),
+            destinations: AHashMap::new(),
             visited: 0,
             open: Micros::MAX,
             cut: false,
         }
+    }
+
+    /// From now on, streams may be taken elsewhere.
+    pub(super) const fn relocate(&mut self) {
+        self.means.relocate = true;
+    }
+
+    /// What any plan costs that takes streams elsewhere, beyond the load.
+    pub(super) fn relocation_at_least(&self) -> Micros {
+        micros(self.judgement.migration_cost).saturating_add(micros(self.judgement.cut))
     }
 
     pub(super) const fn visited(&self) -> u32 {
@@ -194,6 +213,68 @@ impl<'a> Search<'a> {
         descent.best
     }
 
+    /// What plans cost others at least that make `need` bytes and a slot free on a device, whatever else they do: as if parts of
+    /// instances could go. [`NEVER`] when all that may go is not enough.
+    pub(super) fn penalty_at_least(&self, device: &DeviceState, need: u64) -> Micros {
+        let missing = need.saturating_sub(device.free);
+        if missing == 0 && device.slots > 0 {
+            return 0;
+        }
+        let mut may_go = [(0.0, 0, 0); LOOKED_AT_MAX];
+        let mut count = 0;
+        let mut enough: u64 = 0;
+        for (_, place) in &device.instances {
+            let spec = self.cluster.spec(*place);
+            let Some(least) = self.least_penalty(spec) else { continue };
+            let bytes = spec.device_bytes.bytes();
+            enough = enough.saturating_add(bytes);
+            if count < LOOKED_AT_MAX {
+                may_go[count] = (per_byte(least, signed(bytes)), least, bytes);
+                count += 1;
+            } else {
+                return 0;
+            }
+        }
+        if count == 0 || enough < missing {
+            return NEVER;
+        }
+        let may_go = &mut may_go[..count];
+        if missing == 0 {
+            return may_go.iter().map(|(_, least, _)| *least).min().unwrap_or(0);
+        }
+        may_go.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let mut left = missing;
+        let mut penalty: Micros = 0;
+        for (rate, least, bytes) in may_go {
+            if *bytes >= left {
+                return penalty.saturating_add(transfer(left, *rate).saturating_sub(1));
+            }
+            left -= *bytes;
+            penalty = penalty.saturating_add(*least);
+        }
+        NEVER
+    }
+
+    /// What the cheapest means of an instance costs at least; `None` when it has none.
+    fn least_penalty(&self, spec: &InstanceSpec) -> Option<Micros> {
+        if spec.pinned {
+            return None;
+        }
+        let regret = || spec.regret(&self.judgement.rules, self.now);
+        match spec.activity {
+            Activity::Starting | Activity::Leaving => None,
+            Activity::Idle => self.means.drop.then(regret),
+            Activity::Busy { sequences, ends, .. } => {
+                let disturbed = micros(self.judgement.cut).saturating_mul(u64::from(sequences.max(1)));
+                let finish = (self.means.finish && ends.is_some()).then(regret);
+                let preempt = self.means.preempt.then_some(disturbed);
+                let relocate = (self.means.relocate && spec.movable)
+                    .then(|| micros(self.judgement.migration_cost).saturating_add(disturbed));
+                finish.into_iter().chain(preempt).chain(relocate).min()
+            }
+        }
+    }
+
     /// Who could make room on these devices, and by which means that could still cost less than `limit`.
     fn candidates(
         &mut self,
@@ -202,15 +283,18 @@ impl<'a> Search<'a> {
         load: &Load,
         limit: Micros,
     ) -> Vec<Candidate> {
-        let mut ids: Vec<InstanceId> =
+        let mut instances: Vec<(InstanceId, u32)> =
             devices.iter().flat_map(|d| node.devices[d.0 as usize].instances.iter().copied()).collect();
         if devices.len() > 1 {
-            ids.sort_unstable();
-            ids.dedup();
+            instances.sort_unstable();
+            instances.dedup();
         }
-        let mut candidates = Vec::with_capacity(ids.len());
-        for id in ids {
-            let Some(spec) = self.cluster.instances.get(&id).filter(|spec| !spec.pinned) else { continue };
+        let mut candidates = Vec::with_capacity(instances.len());
+        for (id, place) in instances {
+            let spec = self.cluster.spec(place);
+            if spec.pinned {
+                continue;
+            }
             let options = self.options(spec, node, devices, load, limit);
             let Some(least) = options.iter().map(|option| option.penalty).min() else { continue };
             let on = devices.iter().zip(0..).filter(|(d, _)| spec.devices.contains(*d));
@@ -276,7 +360,7 @@ impl<'a> Search<'a> {
         if self.means.relocate && spec.movable {
             let cost = micros(self.judgement.migration_cost).saturating_add(disturbed);
             if useful(settled.max(pause), cost) {
-                self.moves(spec, node, devices, tokens, cost, settled, &mut options);
+                self.moves(spec, node, devices, tokens, cost, settled, limit, &mut options);
                 options.retain(|option| useful(option.time, option.penalty));
             }
         }
@@ -301,6 +385,7 @@ impl<'a> Search<'a> {
         tokens: u64,
         cost: Micros,
         settled: Micros,
+        limit: Micros,
         options: &mut Vec<Choice>,
     ) {
         let Some(model) = self.cluster.models.get(&spec.model) else { return };
@@ -311,7 +396,9 @@ impl<'a> Search<'a> {
                 self.open = self.open.min(cost);
                 return;
             }
-            let found = destinations(self.cluster, model, self.judgement.destinations_max, self.now);
+            // What is ready later than this is of no use to any plan that is still looked for.
+            let useful = limit.saturating_sub(self.relocation_at_least());
+            let found = destinations(self.cluster, model, self.judgement.destinations_max, useful, self.now);
             self.destinations.insert(spec.model, found);
         }
         let elsewhere = |d: &&Destination| d.node != node.key || d.devices.shared(devices).is_empty();
@@ -334,26 +421,35 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Where a model could start without anybody making room, the soonest first: more of them than are used for one victim,
-/// because the devices that are being cleared are none.
-fn destinations(cluster: &Cluster, model: &ModelState, most: usize, now: Duration) -> Vec<Destination> {
+/// Where a model could be ready before `limit` without anybody making room, the soonest first: more of them than are used for
+/// one victim, because the devices that are being cleared are none.
+fn destinations(
+    cluster: &Cluster,
+    model: &ModelState,
+    most: usize,
+    limit: Micros,
+    now: Duration,
+) -> Vec<Destination> {
     let spec = &model.spec;
     let need = spec.device_bytes.bytes();
     let at_now = micros(now);
     let count = spec.devices.max(1) as usize;
     let mut found: Vec<Destination> = Vec::new();
-    for (at, node) in cluster.states.iter().enumerate().filter(|(_, node)| node.open) {
+    let mut visit = |at: usize, held| {
+        let node = &cluster.states[at];
         let roomy: DeviceSet = (0..node.devices.len())
             .filter(|device| node.devices[*device].free >= need && node.devices[*device].slots > 0)
             .map(device_id)
             .collect();
-        if (roomy.len() as usize) < count {
-            continue;
+        if !node.open || (roomy.len() as usize) < count {
+            return;
         }
-        let held = model.holders.get(&node.key).copied().unwrap_or_default();
         let mut offer = |devices: DeviceSet| {
             let load = Load::new(node, devices, spec, held, 0, at_now);
-            found.push(Destination { node: node.key, at, devices, ready: load.ready(), alone: load.alone() });
+            let ready = load.ready();
+            if ready < limit {
+                found.push(Destination { node: node.key, at, devices, ready, alone: load.alone() });
+            }
         };
         if count == 1 {
             roomy.iter().map(DeviceSet::one).for_each(offer);
@@ -361,6 +457,17 @@ fn destinations(cluster: &Cluster, model: &ModelState, most: usize, now: Duratio
             let mut order: Vec<DeviceId> = roomy.iter().collect();
             order.sort_by_key(|d| node.devices[d.0 as usize].link.queue(at_now));
             offer(order.into_iter().take(count).collect());
+        }
+    };
+    for (at, held) in &model.holders {
+        visit(*at, *held);
+    }
+    if cluster.fetched_at_least(spec.weight_bytes.bytes()) < limit {
+        let mut holders = model.holders.iter().map(|(at, _)| *at).peekable();
+        for at in 0..cluster.states.len() {
+            if holders.next_if_eq(&at).is_none() {
+                visit(at, Residency::default());
+            }
         }
     }
     let kept = most.saturating_add(DeviceSet::MAX);

@@ -10,6 +10,7 @@ pub(crate) mod load;
 pub(crate) mod overhead;
 mod plot;
 pub(crate) mod restart;
+pub(crate) mod schedule;
 mod synth;
 mod to_device;
 
