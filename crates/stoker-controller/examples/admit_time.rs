@@ -7,7 +7,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use stoker_controller::{Budgets, Config, Facts, NodeApi, spawn};
+use stoker_controller::{Budgets, Config, Facts, NodeApi, ServerConfig, spawn};
 use stoker_types::{
     Admit, ByteSize, ClientId, InstanceId, ModelFacts, ModelName, ModelSettings, NodeEvent, NodeMemory,
     NodeSnapshot, RequestId, StartFailure, StartOrder, Started, StopFailure, StopMode, Timeline, WorkerId,
@@ -72,9 +72,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         context_trained: 8192,
         weights_on: stoker_types::Tier::Ssd,
     };
-    let config = Config::new(Budgets { dram: ByteSize::gib(1), kv: ByteSize::gib(4), slots: 4 });
+    let budgets = Budgets { dram: ByteSize::gib(1), kv: ByteSize::gib(4), slots: 4 };
     let node = Arc::new(Instant { events: broadcast::Sender::new(16) });
-    let (handle, _owner) = spawn(config, node, Arc::new(Models(vec![facts])));
+    let (handle, _owner) = spawn(Config::default(), Arc::new(Models(vec![facts])));
+    let _server = handle.join(ServerConfig { name: String::new(), budgets, devices: Vec::new() }, node);
     let admit = || Admit {
         model: model.clone(),
         request: RequestId("r".into()),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use stoker_scheduler::{
     residency::{InstanceState, ModelKey, StopReason},
-    sizing::{Sizing, size},
+    sizing::Sizing,
 };
 use stoker_types::{InstanceId, ModelName, Refusal, StartFailure, StopMode};
 use tokio::{sync::watch, time::timeout_at};
@@ -65,11 +65,8 @@ impl ControllerHandle {
     pub fn sizing(&self, model: &ModelName) -> Result<Sizing, Refusal> {
         let unknown = || StartFailure::UnknownModel { model: model.clone() };
         let facts = self.shared.facts.facts(model).ok_or_else(unknown)?;
-        let (places, rules) = {
-            let state = self.shared.state.lock();
-            (state.places.clone(), state.config.sizing)
-        };
-        size(&facts, &places, &rules).map_err(|error| self.shared.state.lock().too_large_for(&facts, error))
+        let state = self.shared.state.lock();
+        state.sizing(&facts).map_err(|(server, error)| state.too_large_for(&facts, server, error))
     }
 
     /// What is known of a model, in words; `None` when there is no such model.
@@ -80,7 +77,7 @@ impl ControllerHandle {
         let mut state = self.shared.state.lock();
         let key = state.know(facts);
         let known = state.model(key);
-        let sizing = match &known.sizing {
+        let sizing = match state.sizing(&known.facts) {
             Ok(sizing) => format!(
                 "context {} for {} sequences: weights {} + KV {}{}",
                 sizing.context,
@@ -92,7 +89,7 @@ impl ControllerHandle {
                     work => format!(" + work {work}"),
                 },
             ),
-            Err(error) => error.to_string(),
+            Err((_, error)) => error.to_string(),
         };
         let (estimate, eta) = match state.outlook(key, 0, now) {
             Ok(outlook) => (outlook.terms, outlook.eta),

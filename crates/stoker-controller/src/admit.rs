@@ -1,17 +1,23 @@
 //! The handle that everybody holds, and how a request gets its seat.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
-use stoker_scheduler::residency::ModelKey;
+use stoker_scheduler::{placement::NodeKey, residency::ModelKey};
 use stoker_types::{Admit, InstanceId, ModelName, Refusal, SeatInfo, StartFailure};
 use tokio::{
-    sync::{Notify, oneshot},
+    sync::{Notify, mpsc, oneshot},
     time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    owner::Roster,
     seams::{Facts, NodeApi},
     state::{Grant, Reply, State},
     telemetry,
@@ -49,7 +55,10 @@ pub(crate) struct Shared {
     /// Wakes the owner.
     pub(crate) notify: Notify,
     pub(crate) facts: Arc<dyn Facts>,
-    node: Arc<dyn NodeApi>,
+    /// The way to each server.
+    pub(crate) nodes: Mutex<BTreeMap<NodeKey, Arc<dyn NodeApi>>>,
+    /// To the owner: a server joined or left.
+    pub(crate) roster: mpsc::UnboundedSender<Roster>,
     /// Ends the owner.
     pub(crate) closed: CancellationToken,
     epoch: Instant,
@@ -138,7 +147,14 @@ impl ControllerHandle {
         let mut state = self.shared.state.lock();
         if let Some(key) = state.key(model) {
             let bytes = state.model(key).facts.weight_bytes;
-            state.estimator.observe_prefill(model, bytes, tokens, time, now);
+            let on = |id: &InstanceId| state.instances.get(id).map(|i| i.server);
+            // Who computed it isn't said; where the model is on several servers, they count as alike.
+            let servers: BTreeSet<NodeKey> = state.model(key).instances.iter().filter_map(on).collect();
+            for server in servers {
+                if let Some(server) = state.servers.get_mut(&server) {
+                    server.estimator.observe_prefill(model, bytes, tokens, time, now);
+                }
+            }
         }
     }
 
@@ -181,21 +197,29 @@ impl fmt::Debug for ControllerHandle {
 // === impl Shared ===
 
 impl Shared {
-    pub(crate) fn new(state: State, facts: Arc<dyn Facts>, node: Arc<dyn NodeApi>) -> Self {
+    pub(crate) fn new(state: State, facts: Arc<dyn Facts>, roster: mpsc::UnboundedSender<Roster>) -> Self {
         Self {
             state: Mutex::new(state),
             notify: Notify::new(),
             facts,
-            node,
+            nodes: Mutex::default(),
+            roster,
             closed: CancellationToken::new(),
             epoch: Instant::now(),
         }
     }
 
-    /// Asks the node what it has now.
+    /// Asks every node what it has now.
     pub(crate) async fn look(&self) {
-        let snapshot = self.node.snapshot().await;
-        self.state.lock().observe(&snapshot);
+        let nodes = self.nodes.lock().clone();
+        let asked = nodes.into_iter().map(|(key, node)| async move { (key, node.snapshot().await) });
+        let snapshots = futures::future::join_all(asked).await;
+        let now = self.now();
+        let mut state = self.state.lock();
+        for (key, snapshot) in snapshots {
+            state.observe(key, &snapshot, now);
+        }
+        drop(state);
         self.notify.notify_one();
     }
 

@@ -12,11 +12,6 @@ use stoker_types::{ByteSize, QueueLimits};
 /// Everything that may be set.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Memory and workers of a server without devices. Both memory budgets follow what the node's snapshots say.
-    pub budgets: Budgets,
-    /// The server's devices, in order; where there are any, instances are there and nowhere else. Their memory follows
-    /// what the node's snapshots say.
-    pub devices: Vec<DeviceConfig>,
     /// Judgements about thrash and waiting.
     pub rules: Rules,
     /// Judgements about KV cache.
@@ -35,6 +30,18 @@ pub struct Config {
     pub records_max: usize,
 }
 
+/// A server, as it joins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// What people call it; empty when there is only one.
+    pub name: String,
+    /// Memory and workers of a server without devices. Both memory budgets follow what its snapshots say.
+    pub budgets: Budgets,
+    /// Its devices, in order; where there are any, its instances are there and nowhere else. Their memory follows what its
+    /// snapshots say.
+    pub devices: Vec<DeviceConfig>,
+}
+
 /// A device that instances may be on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceConfig {
@@ -48,13 +55,9 @@ pub struct DeviceConfig {
     pub slots: u32,
 }
 
-impl Config {
-    /// The defaults, for these budgets.
-    #[must_use]
-    pub fn new(budgets: Budgets) -> Self {
+impl Default for Config {
+    fn default() -> Self {
         Self {
-            budgets,
-            devices: Vec::new(),
             rules: Rules::default(),
             sizing: SizingRules::default(),
             queue: QueueLimits::default(),

@@ -22,8 +22,8 @@ mod telemetry;
 
 pub use admin::UnloadError;
 pub use admit::{ControllerHandle, Permit, Seat};
-pub use config::{Config, DeviceConfig};
-pub use owner::spawn;
+pub use config::{Config, DeviceConfig, ServerConfig};
+pub use owner::{ServerKey, spawn};
 pub use report::{DecisionRecord, DeviceUse, Event, Explanation, InstanceStatus, Status};
 pub use seams::{Facts, NodeApi};
 pub use stoker_scheduler::{

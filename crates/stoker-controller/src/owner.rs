@@ -1,62 +1,83 @@
 //! The one task that decides and gives orders.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
-use stoker_types::{InstanceId, NodeEvent, NodeSnapshot, StartFailure, Started, StopFailure, clock};
+use stoker_scheduler::placement::NodeKey;
+use stoker_types::{
+    InstanceId, NodeEvent, NodeSnapshot, StartFailure, Started, StopFailure, WorkerId, WorkerStatus, clock,
+};
 use tokio::{
-    sync::broadcast::error::RecvError,
+    sync::mpsc,
     task::{Id, JoinError, JoinHandle, JoinSet},
     time::sleep_until,
+};
+use tokio_stream::{
+    StreamExt as _, StreamMap,
+    wrappers::{BroadcastStream, errors::BroadcastStreamRecvError},
 };
 
 use crate::{
     admit::{ControllerHandle, Shared},
-    config::Config,
+    config::{Config, ServerConfig},
     seams::{Facts, NodeApi},
     state::{Order, State, Wanted},
     telemetry,
 };
 
-/// Begins: brings the preloaded models to the device, as far as there is room, then serves. The task ends with
-/// [`ControllerHandle::shutdown`].
+/// A server that has joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServerKey(pub(crate) NodeKey);
+
+/// Begins: brings the preloaded models to devices, as far as there is room, then serves. Servers join with
+/// [`ControllerHandle::join`]. The task ends with [`ControllerHandle::shutdown`].
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub fn spawn(
-    config: Config,
-    node: Arc<dyn NodeApi>,
-    facts: Arc<dyn Facts>,
-) -> (ControllerHandle, JoinHandle<()>) {
+pub fn spawn(config: Config, facts: Arc<dyn Facts>) -> (ControllerHandle, JoinHandle<()>) {
     telemetry::describe();
     let mut state = State::new(config);
     for model in facts.preloaded() {
         let Some(facts) = facts.facts(&model) else { continue };
         let key = state.know(facts);
-        if let Err(error) = &state.model(key).sizing {
-            tracing::warn!(%model, %error, "can't be preloaded");
-            continue;
-        }
         state.model_mut(key).wanted = Some(Wanted { since: Duration::ZERO, until: None, evicts: false });
         state.mark(key);
     }
-    let shared = Arc::new(Shared::new(state, facts, Arc::clone(&node)));
+    let (roster, changes) = mpsc::unbounded_channel();
+    let shared = Arc::new(Shared::new(state, facts, roster));
     let owner = Owner {
         shared: Arc::clone(&shared),
-        node,
+        roster: changes,
+        nodes: BTreeMap::new(),
+        events: StreamMap::new(),
         operations: JoinSet::new(),
         instances: HashMap::new(),
-        snapshot: Snapshot::Due,
-        reconcile: false,
     };
     (ControllerHandle { shared }, tokio::spawn(owner.run()))
 }
 
+/// A change of who is there. There are as many as joins and leaves.
+pub(crate) enum Roster {
+    Joined(NodeKey, Arc<dyn NodeApi>),
+    Left(NodeKey),
+}
+
 struct Owner {
     shared: Arc<Shared>,
-    node: Arc<dyn NodeApi>,
+    roster: mpsc::UnboundedReceiver<Roster>,
+    nodes: BTreeMap<NodeKey, Watched>,
+    events: StreamMap<NodeKey, BroadcastStream<NodeEvent>>,
     operations: JoinSet<Done>,
-    /// Of which instance a running start or stop is.
-    instances: HashMap<Id, (InstanceId, bool)>,
+    /// Of which instance of which server a running start or stop is; `None`: a server's snapshot.
+    instances: HashMap<Id, (NodeKey, Option<(InstanceId, bool)>)>,
+}
+
+/// A node, and whether it has to be asked how it is.
+struct Watched {
+    node: Arc<dyn NodeApi>,
     snapshot: Snapshot,
     /// The next snapshot also says which workers are alive: events were missed.
     reconcile: bool,
@@ -72,6 +93,7 @@ enum Snapshot {
 
 enum Done {
     Started {
+        server: NodeKey,
         instance: InstanceId,
         ordered_at: Duration,
         result: Result<Started, StartFailure>,
@@ -79,13 +101,39 @@ enum Done {
         snapshot: Option<NodeSnapshot>,
     },
     Stopped {
+        server: NodeKey,
         instance: InstanceId,
         result: Result<(), StopFailure>,
     },
     Snapshot {
+        server: NodeKey,
         snapshot: NodeSnapshot,
         should_live: Vec<InstanceId>,
     },
+}
+
+// === impl ControllerHandle ===
+
+impl ControllerHandle {
+    /// A server that may have instances from now on.
+    #[must_use = "a server leaves by its key"]
+    pub fn join(&self, config: ServerConfig, node: Arc<dyn NodeApi>) -> ServerKey {
+        let now = self.shared.now();
+        let key = self.shared.state.lock().join(config, now);
+        self.shared.nodes.lock().insert(key, Arc::clone(&node));
+        // The owner is gone after a shutdown only: then nothing is to be watched.
+        let _ = self.shared.roster.send(Roster::Joined(key, node));
+        ServerKey(key)
+    }
+
+    /// A server is gone, with everything on it. `reason`: in words, for whoever asks what became of its instances.
+    pub fn leave(&self, server: ServerKey, reason: &str) {
+        let now = self.shared.now();
+        self.shared.nodes.lock().remove(&server.0);
+        self.shared.state.lock().part(server.0, reason, now);
+        let _ = self.shared.roster.send(Roster::Left(server.0));
+        self.shared.notify.notify_one();
+    }
 }
 
 // === impl Owner ===
@@ -93,8 +141,6 @@ enum Done {
 impl Owner {
     async fn run(mut self) {
         let shared = Arc::clone(&self.shared);
-        let mut events = self.node.events();
-        let mut events_open = true;
         loop {
             let wakeup = self.decide().map(|at| shared.instant(at));
             self.refresh();
@@ -103,21 +149,36 @@ impl Owner {
                 biased;
                 () = shared.closed.cancelled() => break,
                 Some(done) = self.operations.join_next_with_id() => self.done(done),
-                event = events.recv(), if events_open => match event {
-                    Ok(event) => self.event(event),
-                    Err(RecvError::Lagged(missed)) => {
+                Some(change) = self.roster.recv() => self.change(change),
+                Some((server, event)) = self.events.next(), if !self.events.is_empty() => match event {
+                    Ok(event) => self.event(server, event),
+                    Err(BroadcastStreamRecvError::Lagged(missed)) => {
                         tracing::warn!(missed, "fell behind the node's events; asking which workers are alive");
-                        self.reconcile = true;
-                        self.due();
+                        if let Some(watched) = self.nodes.get_mut(&server) {
+                            watched.reconcile = true;
+                            watched.due();
+                        }
                     }
-                    Err(RecvError::Closed) => events_open = false,
                 },
                 () = shared.notify.notified() => {}
                 () = sleep_until(wakeup.unwrap_or_else(tokio::time::Instant::now)), if wakeup.is_some() => {}
             }
         }
-        // The node ends what is under way.
+        // The nodes end what is under way.
         self.operations.detach_all();
+    }
+
+    fn change(&mut self, change: Roster) {
+        match change {
+            Roster::Joined(key, node) => {
+                self.events.insert(key, BroadcastStream::new(node.events()));
+                self.nodes.insert(key, Watched { node, snapshot: Snapshot::Due, reconcile: false });
+            }
+            Roster::Left(key) => {
+                self.events.remove(&key);
+                self.nodes.remove(&key);
+            }
+        }
     }
 
     /// Decides and sends the orders out; returns when to look again.
@@ -137,10 +198,15 @@ impl Owner {
     }
 
     fn order(&mut self, order: Order) {
-        let node = Arc::clone(&self.node);
         let shared = Arc::clone(&self.shared);
+        let (Order::Start(server, _) | Order::Stop(server, ..)) = &order;
+        let server = *server;
+        let Some(node) = shared.nodes.lock().get(&server).cloned() else {
+            // It left in between, and its instances with it.
+            return;
+        };
         match order {
-            Order::Start(order) => {
+            Order::Start(_, order) => {
                 let instance = order.instance;
                 let task = self.operations.spawn(async move {
                     let ordered_at = shared.now();
@@ -149,40 +215,44 @@ impl Owner {
                         Err(StartFailure::OutOfMemory { .. }) => Some(node.snapshot().await),
                         _ => None,
                     };
-                    Done::Started { instance, ordered_at, result, snapshot }
+                    Done::Started { server, instance, ordered_at, result, snapshot }
                 });
-                self.instances.insert(task.id(), (instance, true));
+                self.instances.insert(task.id(), (server, Some((instance, true))));
             }
-            Order::Stop(instance, mode) => {
+            Order::Stop(_, instance, mode) => {
                 let task = self.operations.spawn(async move {
                     let result = node.stop(instance, mode).await;
-                    Done::Stopped { instance, result }
+                    Done::Stopped { server, instance, result }
                 });
-                self.instances.insert(task.id(), (instance, false));
+                self.instances.insert(task.id(), (server, Some((instance, false))));
             }
         }
     }
 
-    fn due(&mut self) {
-        self.snapshot = match self.snapshot {
-            Snapshot::Idle | Snapshot::Due => Snapshot::Due,
-            Snapshot::Running { .. } => Snapshot::Running { again: true },
-        };
+    fn due(&mut self, server: NodeKey) {
+        self.nodes.get_mut(&server).into_iter().for_each(Watched::due);
     }
 
-    /// Asks for a snapshot if one is due and none is on its way.
+    /// Asks for the snapshots that are due and not on their way.
     fn refresh(&mut self) {
-        if self.snapshot != Snapshot::Due {
-            return;
+        for (server, watched) in &mut self.nodes {
+            if watched.snapshot != Snapshot::Due {
+                continue;
+            }
+            let server = *server;
+            watched.snapshot = Snapshot::Running { again: false };
+            let should_live = if std::mem::take(&mut watched.reconcile) {
+                self.shared.state.lock().serving(server)
+            } else {
+                Vec::new()
+            };
+            let node = Arc::clone(&watched.node);
+            let task = self.operations.spawn(async move {
+                let snapshot = node.snapshot().await;
+                Done::Snapshot { server, snapshot, should_live }
+            });
+            self.instances.insert(task.id(), (server, None));
         }
-        self.snapshot = Snapshot::Running { again: false };
-        let should_live =
-            if std::mem::take(&mut self.reconcile) { self.shared.state.lock().serving() } else { Vec::new() };
-        let node = Arc::clone(&self.node);
-        self.operations.spawn(async move {
-            let snapshot = node.snapshot().await;
-            Done::Snapshot { snapshot, should_live }
-        });
     }
 
     fn done(&mut self, done: Result<(Id, Done), JoinError>) {
@@ -193,39 +263,32 @@ impl Owner {
         };
         self.instances.remove(&id);
         match done {
-            Done::Started { instance, ordered_at, result, snapshot } => {
+            Done::Started { server, instance, ordered_at, result, snapshot } => {
                 let mut state = self.shared.state.lock();
                 if let Some(snapshot) = snapshot {
-                    state.observe(&snapshot);
+                    state.observe(server, &snapshot, now);
                 }
                 state.started(instance, result, ordered_at, now);
                 drop(state);
-                self.due();
+                self.due(server);
             }
-            Done::Stopped { instance, result } => {
+            Done::Stopped { server, instance, result } => {
                 self.shared.state.lock().stopped(instance, &result, now);
-                self.due();
+                self.due(server);
             }
-            Done::Snapshot { snapshot, should_live } => {
+            Done::Snapshot { server, snapshot, should_live } => {
+                let Some(watched) = self.nodes.get_mut(&server) else { return };
+                let again = watched.snapshot == Snapshot::Running { again: true } || watched.reconcile;
+                watched.snapshot = if again { Snapshot::Due } else { Snapshot::Idle };
                 let mut state = self.shared.state.lock();
-                state.observe(&snapshot);
+                state.observe(server, &snapshot, now);
                 for instance in should_live {
-                    let worker = snapshot
-                        .workers
-                        .iter()
-                        .find(|w| w.instance.as_ref().is_some_and(|(id, _)| *id == instance));
-                    if worker.is_none() {
-                        state.lost(
-                            stoker_types::WorkerId::default(),
-                            Some(instance),
-                            "it has no worker",
-                            now,
-                        );
+                    let has_worker =
+                        |w: &WorkerStatus| w.instance.as_ref().is_some_and(|(id, _)| *id == instance);
+                    if !snapshot.workers.iter().any(has_worker) {
+                        state.lost(server, WorkerId::default(), Some(instance), "it has no worker", now);
                     }
                 }
-                drop(state);
-                let again = self.snapshot == Snapshot::Running { again: true } || self.reconcile;
-                self.snapshot = if again { Snapshot::Due } else { Snapshot::Idle };
             }
         }
     }
@@ -233,9 +296,11 @@ impl Owner {
     /// The node's code panicked under an order. Its instance must not stay in between for ever.
     fn panicked(&mut self, error: &JoinError, now: Duration) {
         tracing::error!(%error, "the node failed in an order");
-        let Some((instance, start)) = self.instances.remove(&error.id()) else {
-            // A snapshot.
-            self.snapshot = Snapshot::Idle;
+        let Some((server, order)) = self.instances.remove(&error.id()) else { return };
+        let Some((instance, start)) = order else {
+            if let Some(watched) = self.nodes.get_mut(&server) {
+                watched.snapshot = Snapshot::Idle;
+            }
             return;
         };
         let mut state = self.shared.state.lock();
@@ -249,7 +314,7 @@ impl Owner {
         }
     }
 
-    fn event(&mut self, event: NodeEvent) {
+    fn event(&mut self, server: NodeKey, event: NodeEvent) {
         let now = self.shared.now();
         match event {
             NodeEvent::WorkerLost { worker, instance, reason, last_lines } => {
@@ -257,26 +322,39 @@ impl Owner {
                     Some(line) => format!("{reason}: {line}"),
                     None => reason,
                 };
-                self.shared.state.lock().lost(worker, instance, &reason, now);
-                self.due();
+                self.shared.state.lock().lost(server, worker, instance, &reason, now);
+                self.due(server);
             }
             NodeEvent::InstanceLanded { instance, took, timeline } => {
                 self.shared.state.lock().landed(instance, took, timeline, now);
-                self.due();
+                self.due(server);
             }
             NodeEvent::InstanceLost { instance, failure } => {
                 self.shared.state.lock().undelivered(instance, failure, now);
-                self.due();
+                self.due(server);
             }
-            NodeEvent::ResidencyChanged => self.due(),
+            NodeEvent::ResidencyChanged => self.due(server),
             NodeEvent::Measured { model, tier, bytes, time } => {
                 let mut state = self.shared.state.lock();
                 // A start reports its own load: counted once.
-                let starts = state.key(&model).is_some_and(|key| !state.model(key).instances.is_empty());
-                if !starts {
-                    state.estimator.observe_copy(tier, &model, bytes, time, now);
+                let is_here = |id: &InstanceId| state.instances.get(id).is_some_and(|i| i.server == server);
+                let starts =
+                    state.key(&model).is_some_and(|key| state.model(key).instances.iter().any(is_here));
+                if !starts && let Some(server) = state.servers.get_mut(&server) {
+                    server.estimator.observe_copy(tier, &model, bytes, time, now);
                 }
             }
         }
+    }
+}
+
+// === impl Watched ===
+
+impl Watched {
+    fn due(&mut self) {
+        self.snapshot = match self.snapshot {
+            Snapshot::Idle | Snapshot::Due => Snapshot::Due,
+            Snapshot::Running { .. } => Snapshot::Running { again: true },
+        };
     }
 }

@@ -1,13 +1,17 @@
 //! All that the controller knows, under one lock that is never held across an await. Times are durations since the
 //! controller began.
 //!
+//! - [`server`]: what is known of each server.
+//! - [`assign`]: on which of them a model starts.
 //! - [`queue`]: requests in, seats out and back.
 //! - [`life`]: decisions, and what became of instances.
 //! - [`outlook`]: how long a request would have to wait.
 
+mod assign;
 mod life;
 mod outlook;
 mod queue;
+mod server;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -17,14 +21,15 @@ use std::{
 
 use stoker_scheduler::{
     Robust,
-    estimate::{Estimator, StartEstimate},
-    residency::{Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Place, StopReason, View},
+    estimate::StartEstimate,
+    placement::{Cluster, NodeKey},
+    residency::{Budgets, DemandView, InstanceState, InstanceView, ModelKey, Need, Place, StopReason},
     sizing::{Sizing, TooLarge, size},
 };
 use stoker_types::{
     ByteSize, ClientId, DeviceId, DeviceMemoryState, Generation, InstanceId, KeepAlive, MemoryBudget,
-    ModelFacts, ModelName, NodeMemory, NodeSnapshot, Period, Refusal, SeatInfo, StartFailure, StartOrder,
-    StopMode, Timeline, WorkerId, clock,
+    ModelFacts, ModelName, NodeSnapshot, Period, Refusal, SeatInfo, StartFailure, StartOrder, StopMode,
+    Timeline, WorkerId, clock,
 };
 use tokio::sync::{oneshot, watch};
 
@@ -34,11 +39,15 @@ use crate::{
 };
 
 pub(crate) use queue::Reply;
+pub(crate) use server::{FIRST, Server};
 
 /// The state. See the module's documentation.
 pub(crate) struct State {
     pub(crate) config: Config,
-    pub(crate) estimator: Estimator,
+    pub(crate) servers: BTreeMap<NodeKey, Server>,
+    server_next: u32,
+    /// The same for the policy that chooses among servers; empty while there is only one.
+    map: Cluster,
     /// Models that were ever asked for; a [`ModelKey`] is a position here. Bounded by the models that there are.
     pub(crate) models: Vec<Model>,
     keys: HashMap<ModelName, ModelKey>,
@@ -48,21 +57,12 @@ pub(crate) struct State {
     waiting: usize,
     waiting_by_client: HashMap<ClientId, usize>,
     pub(crate) seats_taken: u32,
-    /// The node's memory, as of the last snapshot.
-    memory: NodeMemory,
-    /// Its devices, as of the last snapshot that had as many as were configured.
-    devices: Vec<DeviceMemoryState>,
-    /// Where instances may be, with what is in force now.
-    pub(crate) places: Vec<Place>,
-    /// Bytes of each model that are in DRAM, as of the last snapshot.
-    residency: HashMap<ModelName, ByteSize>,
     /// When the owner will look again by itself.
     pub(crate) wakeup: Option<Duration>,
     pub(crate) shutting_down: bool,
     records: VecDeque<DecisionRecord>,
     orders: Vec<Order>,
     instance_next: u64,
-    generation_next: u64,
     waiter_next: u64,
     /// Something changed that admin calls wait for.
     pub(crate) changed: watch::Sender<()>,
@@ -71,10 +71,13 @@ pub(crate) struct State {
 /// One model.
 pub(crate) struct Model {
     pub(crate) facts: ModelFacts,
-    pub(crate) sizing: Result<Sizing, TooLarge>,
     queue: VecDeque<Waiter>,
     waiting_sequences: u32,
     pub(crate) instances: Vec<InstanceId>,
+    /// Where its next start is to be.
+    server: Option<NodeKey>,
+    /// Where its last start failed.
+    avoid: Option<NodeKey>,
     /// Uses, decayed, as of `used_at`.
     uses: f64,
     used_at: Duration,
@@ -123,6 +126,7 @@ pub(crate) struct Failed {
 /// One instance.
 pub(crate) struct Instance {
     pub(crate) model: ModelKey,
+    pub(crate) server: NodeKey,
     pub(crate) device: DeviceId,
     pub(crate) state: InstanceState,
     pub(crate) sizing: Sizing,
@@ -145,8 +149,8 @@ pub(crate) struct Instance {
 /// Something for the owner to carry out.
 #[derive(Debug, Clone)]
 pub(crate) enum Order {
-    Start(StartOrder),
-    Stop(InstanceId, StopMode),
+    Start(NodeKey, StartOrder),
+    Stop(NodeKey, InstanceId, StopMode),
 }
 
 /// A seat that was taken.
@@ -160,20 +164,12 @@ pub(crate) struct Grant {
 
 impl State {
     pub(crate) fn new(config: Config) -> Self {
-        let places = match &config.devices[..] {
-            [] => vec![Place::Pool(config.budgets)],
-            devices => devices
-                .iter()
-                .map(|d| Place::Device { memory: d.memory, work: d.work, slots: d.slots })
-                .collect(),
-        };
         Self {
-            estimator: Estimator::new(config.priors),
-            memory: NodeMemory::whole(config.budgets.dram, config.budgets.kv),
+            servers: BTreeMap::new(),
+            server_next: 0,
+            map: Cluster::default(),
             records: VecDeque::with_capacity(config.records_max),
             config,
-            devices: Vec::new(),
-            places,
             models: Vec::new(),
             keys: HashMap::new(),
             instances: BTreeMap::new(),
@@ -181,12 +177,10 @@ impl State {
             waiting: 0,
             waiting_by_client: HashMap::new(),
             seats_taken: 0,
-            residency: HashMap::new(),
             wakeup: None,
             shutting_down: false,
             orders: Vec::new(),
             instance_next: 1,
-            generation_next: 1,
             waiter_next: 0,
             changed: watch::Sender::new(()),
         }
@@ -206,21 +200,19 @@ impl State {
 
     /// Enters a model, or renews what is known of it.
     pub(crate) fn know(&mut self, facts: ModelFacts) -> ModelKey {
-        let sizing = size(&facts, &self.places, &self.config.sizing);
         if let Some(key) = self.key(&facts.model) {
-            let model = self.model_mut(key);
-            model.facts = facts;
-            model.sizing = sizing;
+            self.model_mut(key).facts = facts;
             return key;
         }
         let key = ModelKey(u32::try_from(self.models.len()).unwrap_or(u32::MAX));
         self.keys.insert(facts.model.clone(), key);
         self.models.push(Model {
             facts,
-            sizing,
             queue: VecDeque::new(),
             waiting_sequences: 0,
             instances: Vec::new(),
+            server: None,
+            avoid: None,
             uses: 0.0,
             used_at: Duration::ZERO,
             keep_alive: None,
@@ -238,30 +230,27 @@ impl State {
         std::mem::take(&mut self.orders)
     }
 
-    /// Takes over what the node says of its memory. Whoever waits for a model that no longer fits is told so.
-    pub(crate) fn observe(&mut self, snapshot: &NodeSnapshot) {
-        self.residency = snapshot.residency.iter().cloned().collect();
-        self.memory = snapshot.memory.clone();
-        if snapshot.devices.len() == self.config.devices.len() {
-            self.devices.clone_from(&snapshot.devices);
-        }
-        let after = self.places_with(|budget| budget.effective);
-        let before = std::mem::replace(&mut self.places, after);
-        if self.places == before {
-            return;
-        }
-        let has_grown = before.iter().zip(&self.places).any(|(before, after)| has_grown(before, after));
-        let rules = self.config.sizing;
-        for model in &mut self.models {
-            model.sizing = size(&model.facts, &self.places, &rules);
+    /// A server, if it is still here.
+    pub(crate) fn server(&self, key: NodeKey) -> Option<&Server> {
+        self.servers.get(&key)
+    }
+
+    /// Takes over what a node says of its memory. Whoever waits for a model that no longer fits is told so.
+    pub(crate) fn observe(&mut self, key: NodeKey, snapshot: &NodeSnapshot, now: Duration) {
+        let Some(server) = self.servers.get_mut(&key) else { return };
+        let changed = server.observe(snapshot);
+        self.map_server(key, now);
+        let Some(has_grown) = changed else { return };
+        if has_grown {
             // What had no room then may have some now.
-            if has_grown
-                && model
+            for model in &mut self.models {
+                if model
                     .failed
                     .as_ref()
                     .is_some_and(|f| matches!(f.failure, StartFailure::OutOfMemory { .. }))
-            {
-                model.failed = None;
+                {
+                    model.failed = None;
+                }
             }
         }
         let waited_for = |key: &ModelKey| self.model(*key).instances.is_empty();
@@ -274,59 +263,53 @@ impl State {
         self.changed.send_replace(());
     }
 
-    /// Where instances may be, with the configured budgets or those in force.
-    fn places_with(&self, of: fn(&MemoryBudget) -> ByteSize) -> Vec<Place> {
-        let place = |(place, at): (&Place, usize)| match *place {
-            Place::Pool(Budgets { slots, .. }) => {
-                let NodeMemory { dram, kv, .. } = &self.memory;
-                Place::Pool(Budgets { dram: of(dram), kv: of(kv), slots })
+    /// What an instance of a model gets on a server.
+    pub(crate) fn sizing_on(&self, key: ModelKey, server: NodeKey) -> Result<Sizing, TooLarge> {
+        let places = self.server(server).map_or(&[][..], |server| &server.places);
+        size(&self.model(key).facts, places, &self.config.sizing)
+    }
+
+    /// What it gets on the first server that it fits, or why it doesn't fit the one with the most room.
+    pub(crate) fn sizing(&self, facts: &ModelFacts) -> Result<Sizing, (NodeKey, TooLarge)> {
+        let mut most: Option<(NodeKey, TooLarge)> = None;
+        for (key, server) in &self.servers {
+            match size(facts, &server.places, &self.config.sizing) {
+                Ok(sizing) => return Ok(sizing),
+                Err(error) if most.as_ref().is_none_or(|(_, m)| m.budget < error.budget) => {
+                    most = Some((*key, error));
+                }
+                Err(_) => {}
             }
-            Place::Device { memory, work, slots } => {
-                let memory = self.devices.get(at).map_or(memory, |device| of(&device.budget));
-                Place::Device { memory, work, slots }
-            }
+        }
+        let nowhere = || {
+            let detail = "no server has joined yet".to_owned();
+            (FIRST, TooLarge { needed: facts.weight_bytes, budget: ByteSize::ZERO, detail })
         };
-        self.places.iter().zip(0..).map(place).collect()
+        Err(most.unwrap_or_else(nowhere))
     }
 
-    /// What a device is called.
-    fn device_name(&self, device: DeviceId) -> String {
-        let configured = self.config.devices.get(device.0 as usize);
-        configured.map_or_else(|| "cpu".to_owned(), |device| device.name.clone())
-    }
-
-    /// Where a model's weights are, for nobody.
-    fn there(&self, key: ModelKey) -> Option<DeviceId> {
+    /// Where a model's weights are on a server's devices, for nobody.
+    fn there(&self, key: ModelKey, server: NodeKey) -> Option<DeviceId> {
         let model = self.model(key);
-        let used = |device| model.instances.iter().any(|id| self.instances[id].device == device);
-        let here = |device: &DeviceMemoryState| device.resident.contains(&model.facts.model);
-        (0..)
-            .map(DeviceId)
-            .zip(&self.devices)
-            .find(|(id, device)| here(device) && !used(*id))
-            .map(|(id, _)| id)
+        let here = |id: &InstanceId| self.instances.get(id).filter(|i| i.server == server);
+        let used = |device| model.instances.iter().filter_map(here).any(|i| i.device == device);
+        self.server(server)?.there(&model.facts.model, used)
     }
 
     /// Why no instance of a model fits: it is larger than what was configured, or than what the machine has now.
     pub(crate) fn too_large(&self, key: ModelKey) -> Option<Refusal> {
-        let model = self.model(key);
-        let error = model.sizing.as_ref().err()?;
-        Some(self.too_large_for(&model.facts, error.clone()))
+        let facts = &self.model(key).facts;
+        let (server, error) = self.sizing(facts).err()?;
+        Some(self.too_large_for(facts, server, error))
     }
 
-    pub(crate) fn too_large_for(&self, facts: &ModelFacts, error: TooLarge) -> Refusal {
+    pub(crate) fn too_large_for(&self, facts: &ModelFacts, server: NodeKey, error: TooLarge) -> Refusal {
         let TooLarge { needed, budget, detail } = error;
         let model = facts.model.clone();
-        let configured = self.places_with(|budget| budget.configured);
-        let shortage = match &self.devices[..] {
-            [] => self.memory.shortage(),
-            devices => {
-                let each: Vec<String> = devices.iter().filter_map(DeviceMemoryState::shortage).collect();
-                (!each.is_empty()).then(|| format!("{detail}; {}", each.join("; ")))
-            }
-        };
-        match shortage {
-            Some(shortage) if size(facts, &configured, &self.config.sizing).is_ok() => {
+        let configured = self.server(server).map(|s| s.places_with(|budget| budget.configured));
+        let fits = configured.is_some_and(|places| size(facts, &places, &self.config.sizing).is_ok());
+        match self.server(server).and_then(|s| s.shortage(&detail)) {
+            Some(shortage) if fits => {
                 StartFailure::OutOfMemory { model, needed, free: budget, detail: shortage }.into()
             }
             _ => Refusal::TooLarge { model, needed, budget, detail },
@@ -366,8 +349,9 @@ impl State {
         }
     }
 
-    fn instance_views(&self) -> Vec<InstanceView> {
-        self.instances.iter().map(|(id, instance)| self.instance_view(*id, instance)).collect()
+    fn instance_views(&self, server: NodeKey) -> Vec<InstanceView> {
+        let here = self.instances.iter().filter(|(_, instance)| instance.server == server);
+        here.map(|(id, instance)| self.instance_view(*id, instance)).collect()
     }
 
     fn instance_view(&self, id: InstanceId, instance: &Instance) -> InstanceView {
@@ -393,58 +377,69 @@ impl State {
         }
     }
 
-    /// The demand of a model; `None` when it has none or can't be satisfied here.
-    fn demand(&self, key: ModelKey) -> Option<DemandView> {
+    /// The demand of a model for an instance on a server, less what instances elsewhere will take of it; `None` when it has
+    /// none or can't be satisfied there.
+    fn demand(&self, key: ModelKey, server: NodeKey) -> Option<DemandView> {
         let model = self.model(key);
-        let sizing = model.sizing.as_ref().ok()?;
         let (waiting, oldest_since, evicts) = match (model.queue.front(), model.wanted) {
             (Some(first), _) => (model.waiting_sequences, first.since, true),
             (None, Some(wanted)) => (1, wanted.since, wanted.evicts),
             (None, None) => return None,
         };
-        Some(DemandView {
+        let sizing = self.sizing_on(key, server).ok()?;
+        let elsewhere =
+            || model.instances.iter().filter_map(|id| self.instances.get(id)).filter(|i| i.server != server);
+        let coming = elsewhere().filter(|i| i.state == InstanceState::Starting);
+        let waiting = waiting.saturating_sub(coming.map(|i| i.sizing.sequences).sum());
+        let others = u32::try_from(elsewhere().count()).unwrap_or(u32::MAX);
+        let instances_max = model.facts.settings.instances_max.max(1).saturating_sub(others);
+        (waiting > 0 && instances_max > 0).then(|| DemandView {
             model: key,
             waiting,
             oldest_since,
             priority: model.facts.settings.priority,
             need: Need { pool_bytes: sizing.pool_bytes, kv_bytes: sizing.kv_bytes },
-            there: self.there(key),
-            instances_max: model.facts.settings.instances_max.max(1),
+            there: self.there(key, server),
+            instances_max,
             evicts,
         })
     }
 
-    fn view<'a>(&'a self, instances: &'a [InstanceView], demands: &'a [DemandView]) -> View<'a> {
-        View { places: &self.places, instances, demands }
-    }
-
     pub(crate) fn status(&self) -> Status {
-        let pooled = |i: &&Instance| matches!(self.places[i.device.0 as usize], Place::Pool(_));
+        let pooled = |i: &&Instance| {
+            let place = self.server(i.server).and_then(|s| s.places.get(i.device.0 as usize));
+            matches!(place, Some(Place::Pool(_)))
+        };
         let in_pool = || self.instances.values().filter(pooled);
+        let servers = || self.servers.values();
         Status {
             waiting: self.waiting,
             in_flight: self.seats_taken,
             dram_used: weights_of(in_pool()),
-            dram_budget: self.memory.dram,
+            dram_budget: sum(servers().map(|s| s.memory.dram)),
             kv_used: in_pool().map(|i| i.sizing.kv_bytes).sum(),
-            kv_budget: self.memory.kv,
-            devices: (0..).map(DeviceId).zip(&self.devices).map(|(id, d)| self.device_use(id, d)).collect(),
+            kv_budget: sum(servers().map(|s| s.memory.kv)),
+            devices: self.servers.iter().flat_map(|(key, server)| self.device_uses(*key, server)).collect(),
             instances: u32::try_from(self.instances.len()).unwrap_or(u32::MAX),
-            slots: self.places.iter().map(slots).sum(),
+            slots: servers().flat_map(|s| &s.places).map(slots).sum(),
             shutting_down: self.shutting_down,
         }
     }
 
-    fn device_use(&self, id: DeviceId, device: &DeviceMemoryState) -> DeviceUse {
-        let here = || self.instances.values().filter(|i| i.device == id);
-        let beside: ByteSize = here().map(|i| i.sizing.kv_bytes + i.sizing.work_bytes).sum();
-        DeviceUse {
-            name: device.name.clone(),
-            used: weights_of(here()) + beside,
-            budget: device.budget,
-            free: device.free,
-            instances: u32::try_from(here().count()).unwrap_or(u32::MAX),
-        }
+    fn device_uses(&self, key: NodeKey, server: &Server) -> Vec<DeviceUse> {
+        let devices = (0..).map(DeviceId).zip(&server.devices);
+        let used = |(id, device): (DeviceId, &DeviceMemoryState)| {
+            let here = || self.instances.values().filter(|i| i.server == key && i.device == id);
+            let beside: ByteSize = here().map(|i| i.sizing.kv_bytes + i.sizing.work_bytes).sum();
+            DeviceUse {
+                name: server.device_name(id),
+                used: weights_of(here()) + beside,
+                budget: device.budget,
+                free: device.free,
+                instances: u32::try_from(here().count()).unwrap_or(u32::MAX),
+            }
+        };
+        devices.map(used).collect()
     }
 
     pub(crate) fn instance_status(
@@ -474,7 +469,7 @@ impl State {
             context: instance.sizing.context,
             sequences: instance.sizing.sequences,
             in_flight: instance.in_flight,
-            device: self.device_name(instance.device),
+            device: self.server(instance.server).map_or_else(String::new, |s| s.device_name(instance.device)),
             pool_bytes: instance.sizing.pool_bytes,
             kv_bytes: instance.sizing.kv_bytes,
             work_bytes: instance.sizing.work_bytes,
@@ -517,19 +512,18 @@ fn period(began: Duration, ended: Duration, now: Duration) -> Period {
     Period::until(ended_at, ended.saturating_sub(began))
 }
 
-/// Weights of instances on one place: those of a model are there once.
+/// Weights of instances: those of a model are on one place once.
 fn weights_of<'a>(instances: impl Iterator<Item = &'a Instance>) -> ByteSize {
-    let by_model: BTreeMap<ModelKey, ByteSize> =
-        instances.map(|instance| (instance.model, instance.sizing.pool_bytes)).collect();
-    by_model.into_values().sum()
+    let by_place: BTreeMap<(NodeKey, DeviceId, ModelKey), ByteSize> =
+        instances.map(|i| ((i.server, i.device, i.model), i.sizing.pool_bytes)).collect();
+    by_place.into_values().sum()
 }
 
-fn has_grown(before: &Place, after: &Place) -> bool {
-    match (before, after) {
-        (Place::Pool(before), Place::Pool(after)) => after.dram > before.dram || after.kv > before.kv,
-        (Place::Device { memory: before, .. }, Place::Device { memory: after, .. }) => after > before,
-        (Place::Pool(_), Place::Device { .. }) | (Place::Device { .. }, Place::Pool(_)) => true,
-    }
+fn sum(budgets: impl Iterator<Item = MemoryBudget>) -> MemoryBudget {
+    budgets.fold(MemoryBudget::default(), |sum, budget| MemoryBudget {
+        configured: sum.configured + budget.configured,
+        effective: sum.effective + budget.effective,
+    })
 }
 
 fn slots(place: &Place) -> u32 {

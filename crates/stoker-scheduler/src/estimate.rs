@@ -207,6 +207,12 @@ impl Estimator {
         }
     }
 
+    /// The measured rate from a remote source, if there is one.
+    #[must_use]
+    pub fn remote_rate(&self) -> Option<BytesPerSec> {
+        self.remote.map(|robust| BytesPerSec(robust.value()))
+    }
+
     /// The measured rate from SSD, if there is one.
     #[must_use]
     pub fn ssd_rate(&self) -> Option<BytesPerSec> {

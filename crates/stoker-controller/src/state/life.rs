@@ -4,14 +4,15 @@ use std::{path::PathBuf, time::Duration};
 
 use stoker_scheduler::{
     estimate::Seconds,
-    residency::{Action, DemandView, InstanceState, ModelKey, Place, StopReason, decide},
+    placement::NodeKey,
+    residency::{Action, DemandView, InstanceState, ModelKey, Place, StopReason, View, decide},
 };
 use stoker_types::{
-    DeviceId, Generation, InstanceId, Phase, Refusal, StartFailure, StartOrder, Started, StopFailure,
-    StopMode, Tier, Timeline, WorkerId,
+    DeviceId, InstanceId, Phase, Refusal, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier,
+    Timeline, WorkerId,
 };
 
-use super::{Failed, Instance, Order, State, period, reason_in_words};
+use super::{FIRST, Failed, Instance, Order, State, period, reason_in_words, server::sooner};
 use crate::{report::Event, telemetry};
 
 /// Decisions in a row before others get a turn: undraining seats waiters, which changes the demand.
@@ -21,24 +22,39 @@ impl State {
     /// Decides until there is nothing to do, and leaves the orders to be taken.
     pub(crate) fn decide(&mut self, now: Duration) {
         self.forget_wanted(now);
+        self.assign(now);
+        self.wakeup = None;
+        for server in self.servers.keys().copied().collect::<Vec<_>>() {
+            let wakeup = self.decide_on(server, now);
+            self.wakeup = sooner(self.wakeup, wakeup);
+        }
+        let wanted_until = self.active.iter().filter_map(|key| self.model(*key).wanted?.until).min();
+        self.wakeup = sooner(self.wakeup, wanted_until);
+    }
+
+    /// What happens on one server. Returns when to look at it again.
+    pub(super) fn decide_on(&mut self, server: NodeKey, now: Duration) -> Option<Duration> {
+        let mut wakeup = None;
         for _ in 0..ROUNDS_MAX {
-            let instances = self.instance_views();
+            let instances = self.instance_views(server);
             let demands: Vec<DemandView> = if self.shutting_down {
                 Vec::new()
             } else {
-                self.active.iter().filter_map(|key| self.demand(*key)).collect()
+                let assigned = self.server(server).into_iter().flat_map(|s| &s.assigned);
+                assigned.filter_map(|key| self.demand(*key, server)).collect()
             };
-            let decision = decide(&self.view(&instances, &demands), &self.config.rules, now);
-            self.wakeup = decision.next_wakeup;
+            let places = self.server(server).map_or(&[][..], |s| &s.places);
+            let view = View { places, instances: &instances, demands: &demands };
+            let decision = decide(&view, &self.config.rules, now);
+            wakeup = decision.next_wakeup;
             for action in &decision.actions {
-                self.carry_out(*action, now);
+                self.carry_out(server, *action, now);
             }
             if decision.actions.is_empty() {
                 break;
             }
         }
-        let wanted_until = self.active.iter().filter_map(|key| self.model(*key).wanted?.until).min();
-        self.wakeup = [self.wakeup, wanted_until].into_iter().flatten().min();
+        wakeup
     }
 
     fn forget_wanted(&mut self, now: Duration) {
@@ -54,9 +70,9 @@ impl State {
         }
     }
 
-    fn carry_out(&mut self, action: Action, now: Duration) {
+    fn carry_out(&mut self, server: NodeKey, action: Action, now: Duration) {
         match action {
-            Action::Start { model, device } => self.start(model, device, now),
+            Action::Start { model, device } => self.start(model, server, device, now),
             Action::Drain { instance, for_model } => {
                 let terms = format!("`{}` has waited long enough", self.model(for_model).facts.model);
                 self.set_state(instance, InstanceState::Draining, Event::Drain, terms, now);
@@ -82,23 +98,25 @@ impl State {
         let Some(instance) = self.instances.get_mut(&id) else { return };
         instance.state = state;
         let key = instance.model;
+        self.map_instance(id, now);
         self.record(id, key, event, terms, now);
     }
 
-    fn start(&mut self, key: ModelKey, device: DeviceId, now: Duration) {
-        let Ok(sizing) = self.model(key).sizing.clone() else { return };
+    fn start(&mut self, key: ModelKey, on: NodeKey, device: DeviceId, now: Duration) {
+        let Ok(sizing) = self.sizing_on(key, on) else { return };
+        let prompt_tokens = self.model(key).queue.front().map_or(0, |waiter| waiter.prompt_tokens);
+        let estimate = self.estimate(key, on, device, prompt_tokens, Duration::ZERO, now);
+        let Some(server) = self.servers.get_mut(&on) else { return };
         let id = InstanceId(self.instance_next);
         self.instance_next += 1;
-        let generation = Generation(self.generation_next);
-        self.generation_next += 1;
-        let prompt_tokens = self.model(key).queue.front().map_or(0, |waiter| waiter.prompt_tokens);
-        let estimate = self.estimate(key, device, prompt_tokens, Duration::ZERO, now);
-        let terms = match self.config.devices.is_empty() {
-            true => estimate.to_string(),
-            false => format!("on {}: {estimate}", self.device_name(device)),
+        let generation = server.next_generation();
+        let terms = if server.has_devices() || !server.name.is_empty() {
+            format!("on {}: {estimate}", server.device_name(device))
+        } else {
+            estimate.to_string()
         };
         self.record(id, key, Event::Start, terms, now);
-        self.orders.push(Order::Start(StartOrder {
+        let order = StartOrder {
             instance: id,
             generation,
             model: self.model(key).facts.model.clone(),
@@ -106,12 +124,14 @@ impl State {
             context: sizing.context,
             sequences_max: sizing.sequences,
             kv_bytes: sizing.kv_bytes,
-        }));
+        };
+        self.orders.push(Order::Start(on, order));
         self.model_mut(key).instances.push(id);
         self.instances.insert(
             id,
             Instance {
                 model: key,
+                server: on,
                 device,
                 state: InstanceState::Starting,
                 sizing,
@@ -130,6 +150,7 @@ impl State {
                 timeline: Timeline::default(),
             },
         );
+        self.map_instance(id, now);
         self.changed();
     }
 
@@ -142,8 +163,9 @@ impl State {
         );
         assert!(mode == StopMode::Now || instance.in_flight == 0, "a busy instance is never evicted");
         instance.state = InstanceState::Stopping;
-        let key = instance.model;
-        self.orders.push(Order::Stop(id, mode));
+        let (key, server) = (instance.model, instance.server);
+        self.map_instance(id, now);
+        self.orders.push(Order::Stop(server, id, mode));
         telemetry::stopped(reason);
         self.record(id, key, Event::Stop, reason_in_words(reason, &self.models), now);
         self.changed();
@@ -168,7 +190,7 @@ impl State {
             }
             (Err(failure), _) => return self.start_failed(id, failure, now),
         };
-        let device = instance.device;
+        let (server, device) = (instance.server, instance.device);
         instance.state = InstanceState::Ready;
         instance.socket = started.socket;
         instance.worker = Some(started.worker);
@@ -184,11 +206,14 @@ impl State {
         instance.timeline = timeline.clone();
         let (took, predicted) = (instance.load_time, instance.estimate.load());
         telemetry::started(took, predicted);
-        let mapped = matches!(self.places[device.0 as usize], Place::Pool(_));
-        self.learn(key, &timeline, mapped, now);
+        let place = self.server(server).and_then(|s| s.places.get(device.0 as usize));
+        let mapped = matches!(place, Some(Place::Pool(_)));
+        self.learn(key, server, &timeline, mapped, now);
+        self.map_instance(id, now);
         let model = self.model_mut(key);
         model.retried = false;
         model.failed = None;
+        model.avoid = None;
         model.wanted = None;
         let terms = format!("ready in {}, {} were expected", Seconds(took), Seconds(predicted));
         self.record(id, key, Event::Ready, terms, now);
@@ -197,8 +222,10 @@ impl State {
     }
 
     /// `mapped`: weights were mapped where they are. How fast they are copied, the store measures.
-    fn learn(&mut self, key: ModelKey, timeline: &Timeline, mapped: bool, now: Duration) {
-        let name = self.models[key.0 as usize].facts.model.clone();
+    fn learn(&mut self, key: ModelKey, server: NodeKey, timeline: &Timeline, mapped: bool, now: Duration) {
+        let facts = &self.models[key.0 as usize].facts;
+        let (name, weight_bytes) = (facts.model.clone(), facts.weight_bytes);
+        let Some(server) = self.servers.get_mut(&server) else { return };
         for (tier, phase) in
             [(Tier::Remote, Phase::RemoteRead), (Tier::Ssd, Phase::SsdRead), (Tier::Dram, Phase::DeviceCopy)]
         {
@@ -208,30 +235,34 @@ impl State {
             let Some(time) = timeline.actual(phase) else { continue };
             let bytes = match tier {
                 // All of the weights are mapped, wherever they came from.
-                Tier::Dram => self.models[key.0 as usize].facts.weight_bytes,
+                Tier::Dram => weight_bytes,
                 _ => timeline.bytes.iter().filter(|b| b.tier == tier).map(|b| b.bytes).sum(),
             };
-            self.estimator.observe_copy(tier, &name, bytes, time, now);
+            server.estimator.observe_copy(tier, &name, bytes, time, now);
         }
         if let Some(time) = timeline.actual(Phase::Init) {
-            self.estimator.observe_init(&name, time, now);
+            server.estimator.observe_init(&name, time, now);
         }
     }
 
     fn start_failed(&mut self, id: InstanceId, failure: StartFailure, now: Duration) {
         telemetry::start_failed(&failure);
+        let server = self.instances.get(&id).map_or(FIRST, |instance| instance.server);
         let Some(key) = self.remove(id) else { return };
         self.record(id, key, Event::Failed, failure.to_string(), now);
         tracing::warn!(model = %self.model(key).facts.model, instance = %id, %failure, "a start failed");
         let stale = if let StartFailure::StaleOrder { seen, .. } = failure {
-            self.generation_next = self.generation_next.max(seen.0.saturating_add(1));
+            self.servers.get_mut(&server).into_iter().for_each(|server| server.has_seen(seen));
             true
         } else {
             false
         };
         // Decided with more memory than there is. What is known of it by now may have others make room.
         let planned_anew =
-            matches!(failure, StartFailure::OutOfMemory { .. }) && self.model(key).sizing.is_ok();
+            matches!(failure, StartFailure::OutOfMemory { .. }) && self.sizing_on(key, server).is_ok();
+        // Another server may do what this one couldn't.
+        self.unassign(key);
+        self.model_mut(key).avoid = Some(server);
         let model = self.model_mut(key);
         if (failure.is_transient() || stale || planned_anew) && !model.retried {
             // Who waits goes on waiting: the next decision starts it once more.
@@ -272,6 +303,7 @@ impl State {
             Err(StopFailure::Busy { sequences, .. }) => {
                 instance.state = InstanceState::Ready;
                 instance.settled_at = now + busy_retry;
+                self.map_instance(id, now);
                 let terms = format!("{sequences} sequences are still running");
                 self.record(id, key, Event::Busy, terms, now);
                 self.serve(key, now);
@@ -283,12 +315,14 @@ impl State {
     /// A worker died.
     pub(crate) fn lost(
         &mut self,
+        server: NodeKey,
         worker: WorkerId,
         instance: Option<InstanceId>,
         reason: &str,
         now: Duration,
     ) {
-        let by_worker = || self.instances.iter().find(|(_, i)| i.worker == Some(worker)).map(|(id, _)| *id);
+        let is_it = |i: &Instance| i.server == server && i.worker == Some(worker);
+        let by_worker = || self.instances.iter().find(|(_, i)| is_it(i)).map(|(id, _)| *id);
         let Some(id) = instance.or_else(by_worker) else { return };
         let Some(instance) = self.instances.get_mut(&id) else { return };
         if instance.state == InstanceState::Starting {
@@ -312,8 +346,8 @@ impl State {
         // What its start took was less than what it costs to have it again.
         instance.load_time = instance.load_time.max(took);
         instance.timeline.replace(timeline.clone());
-        let key = instance.model;
-        self.learn(key, &timeline, false, now);
+        let (key, server) = (instance.model, instance.server);
+        self.learn(key, server, &timeline, false, now);
         self.record(id, key, Event::Landed, format!("its weights are there after {}", Seconds(took)), now);
     }
 
@@ -333,14 +367,17 @@ impl State {
         }
     }
 
-    /// Instances that should have a worker.
-    pub(crate) fn serving(&self) -> Vec<InstanceId> {
-        let serving = |i: &Instance| matches!(i.state, InstanceState::Ready | InstanceState::Draining);
+    /// Instances of a server that should have a worker.
+    pub(crate) fn serving(&self, server: NodeKey) -> Vec<InstanceId> {
+        let serving = |i: &Instance| {
+            i.server == server && matches!(i.state, InstanceState::Ready | InstanceState::Draining)
+        };
         self.instances.iter().filter(|(_, i)| serving(i)).map(|(id, _)| *id).collect()
     }
 
-    fn remove(&mut self, id: InstanceId) -> Option<ModelKey> {
+    pub(super) fn remove(&mut self, id: InstanceId) -> Option<ModelKey> {
         let instance = self.instances.remove(&id)?;
+        self.unmap_instance(id);
         self.model_mut(instance.model).instances.retain(|other| *other != id);
         // Its seats are void; the permits find no instance when they are dropped.
         self.seats_taken -= instance.in_flight;

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use stoker_scheduler::{
     estimate::{Ahead, Hop, LoadNeed, Seconds, StartEstimate},
-    residency::{DemandView, InstanceState, ModelKey, Need, Place, Room, room},
+    placement::NodeKey,
+    residency::{DemandView, InstanceState, ModelKey, Need, Place, Room, View, room},
 };
 use stoker_types::{ByteSize, DeviceId, Refusal, StartFailure, Tier};
 
 use stoker_scheduler::sizing::Sizing;
 
-use super::{State, queue::seats_in_words};
+use super::{Instance, State, queue::seats_in_words};
 
 /// What lies ahead of a request.
 pub(crate) struct Outlook {
@@ -47,24 +48,27 @@ impl State {
                 terms: format!("{}, of which {} have passed", starting.estimate, Seconds(since)),
             });
         }
-        let instances = self.instance_views();
-        let Some(mut demand) = self.demand_as_if(key, now) else {
+        let server = self.likely(key, now);
+        let instances = self.instance_views(server);
+        let Some(mut demand) = self.demand_as_if(key, server, now) else {
             return Ok(Outlook { eta: Duration::ZERO, at_least: Duration::ZERO, terms: String::new() });
         };
         demand.evicts = true;
-        let from = room(&self.view(&instances, &[]), &demand, &self.config.rules, now);
+        let places = self.server(server).map_or(&[][..], |s| &s.places);
+        let view = View { places, instances: &instances, demands: &[] };
+        let from = room(&view, &demand, &self.config.rules, now);
         let (wait, wait_at_least) = match from {
             Room::Now => (Duration::ZERO, Duration::ZERO),
             Room::At(at) => (at.saturating_sub(now), at.saturating_sub(now)),
             Room::Busy(at) => (at.saturating_sub(now), Duration::ZERO),
-            Room::Pinned => return Err(self.pinned_out(key).into()),
+            Room::Pinned => return Err(self.pinned_out(key, server).into()),
         };
         // Devices of one server are alike, as far as can be said before the decision.
-        let device = self.there(key).unwrap_or_default();
-        let estimate = self.estimate(key, device, prompt_tokens, wait, now);
-        let at_least = self.estimate(key, device, prompt_tokens, wait_at_least, now).ready_at_least();
+        let device = self.there(key, server).unwrap_or_default();
+        let estimate = self.estimate(key, server, device, prompt_tokens, wait, now);
+        let at_least = self.estimate(key, server, device, prompt_tokens, wait_at_least, now).ready_at_least();
         let terms = match from {
-            Room::Busy(_) => format!("{estimate}; room is held by {}", self.holders(now)),
+            Room::Busy(_) => format!("{estimate}; room is held by {}", self.holders(server, now)),
             _ => estimate.to_string(),
         };
         Ok(Outlook { eta: estimate.ready(), at_least, terms })
@@ -74,21 +78,23 @@ impl State {
     pub(crate) fn estimate(
         &self,
         key: ModelKey,
+        on: NodeKey,
         device: DeviceId,
         prompt_tokens: u32,
         room: Duration,
         now: Duration,
     ) -> StartEstimate {
         let facts = &self.model(key).facts;
-        let resident = self.residency.get(&facts.model).copied().unwrap_or_default();
-        let on = self.devices.get(device.0 as usize);
-        let there = on.is_some_and(|device| device.resident.contains(&facts.model));
+        let server = &self.servers[&on];
+        let resident = server.residency.get(&facts.model).copied().unwrap_or_default();
+        let on_device = server.devices.get(device.0 as usize);
+        let there = on_device.is_some_and(|device| device.resident.contains(&facts.model));
         let missing = if there { ByteSize::ZERO } else { facts.weight_bytes.saturating_sub(resident) };
-        let hop = match self.places[device.0 as usize] {
+        let hop = match server.places[device.0 as usize] {
             Place::Pool(_) => Hop::Map,
             Place::Device { .. } => Hop::Copy {
                 bytes: if there { ByteSize::ZERO } else { facts.weight_bytes },
-                rate: on.and_then(|device| device.rate),
+                rate: on_device.and_then(|device| device.rate),
             },
         };
         let (remote_bytes, ssd_bytes) = match facts.weights_on {
@@ -103,13 +109,14 @@ impl State {
             hop,
             prompt_tokens,
         };
-        self.estimator.start(&need, &self.ahead(now), room, now)
+        server.estimator.start(&need, &self.ahead(on, now), room, now)
     }
 
-    /// Loads that are under way.
-    fn ahead(&self, now: Duration) -> Ahead {
+    /// Loads that are under way on a server.
+    fn ahead(&self, server: NodeKey, now: Duration) -> Ahead {
         let mut ahead = Ahead::default();
-        for instance in self.instances.values().filter(|i| i.state == InstanceState::Starting) {
+        let is_ahead = |i: &&Instance| i.server == server && i.state == InstanceState::Starting;
+        for instance in self.instances.values().filter(is_ahead) {
             let Some(ssd) = instance.estimate.copies.iter().find(|term| term.tier == Tier::Ssd) else {
                 continue;
             };
@@ -131,25 +138,26 @@ impl State {
     }
 
     /// The model's demand, or the one that it would have with a request more.
-    fn demand_as_if(&self, key: ModelKey, now: Duration) -> Option<DemandView> {
+    fn demand_as_if(&self, key: ModelKey, server: NodeKey, now: Duration) -> Option<DemandView> {
         let model = self.model(key);
-        let sizing = model.sizing.as_ref().ok()?;
-        Some(self.demand(key).unwrap_or(DemandView {
+        let sizing = self.sizing_on(key, server).ok()?;
+        Some(self.demand(key, server).unwrap_or(DemandView {
             model: key,
             waiting: 1,
             oldest_since: now,
             priority: model.facts.settings.priority,
             need: Need { pool_bytes: sizing.pool_bytes, kv_bytes: sizing.kv_bytes },
-            there: self.there(key),
+            there: self.there(key, server),
             instances_max: model.facts.settings.instances_max.max(1),
             evicts: true,
         }))
     }
 
     /// Pinned models leave too little room for this one.
-    fn pinned_out(&self, key: ModelKey) -> StartFailure {
+    fn pinned_out(&self, key: ModelKey, server: NodeKey) -> StartFailure {
         let model = self.model(key);
-        let mut pinned: Vec<_> = self.instances.values().filter(|i| self.model(i.model).pinned()).collect();
+        let here = self.instances.values().filter(|i| i.server == server);
+        let mut pinned: Vec<_> = here.filter(|i| self.model(i.model).pinned()).collect();
         pinned.sort_by_key(|i| i.model);
         pinned.dedup_by_key(|i| i.model);
         let whole = |s: &Sizing| s.pool_bytes + s.kv_bytes + s.work_bytes;
@@ -160,8 +168,9 @@ impl State {
             Place::Pool(budgets) => budgets.dram + budgets.kv,
             Place::Device { memory, .. } => *memory,
         };
-        let all: ByteSize = self.places.iter().map(memory).sum();
-        let needed = model.sizing.as_ref().map_or(ByteSize::ZERO, whole);
+        let places = self.server(server).map_or(&[][..], |s| &s.places);
+        let all: ByteSize = places.iter().map(memory).sum();
+        let needed = self.sizing_on(key, server).as_ref().map_or(ByteSize::ZERO, whole);
         StartFailure::OutOfMemory {
             model: model.facts.model.clone(),
             needed,
@@ -174,18 +183,17 @@ impl State {
     }
 
     /// Who holds the room, for people. At most four of them.
-    fn holders(&self, now: Duration) -> String {
-        let mut words: Vec<String> = self
-            .instances
-            .values()
+    fn holders(&self, server: NodeKey, now: Duration) -> String {
+        let here = || self.instances.values().filter(|i| i.server == server);
+        let mut words: Vec<String> = here()
             .take(4)
             .map(|i| {
                 let idle = now.saturating_sub(i.last_used);
                 format!("`{}` ({})", self.model(i.model).facts.model, seats_in_words(i.in_flight, idle))
             })
             .collect();
-        if self.instances.len() > words.len() {
-            words.push(format!("{} more", self.instances.len() - words.len()));
+        if here().count() > words.len() {
+            words.push(format!("{} more", here().count() - words.len()));
         }
         words.join(", ")
     }

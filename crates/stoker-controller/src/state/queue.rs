@@ -54,6 +54,7 @@ impl State {
         if let Some(grant) = self.seat_now(admit, now) {
             return Ok(Ok(grant));
         }
+        self.map_model(key, now);
         self.check_startable(key, now)?;
         self.check_bounds(key, admit, now)?;
         self.check_in_time(key, admit, now)?;
@@ -106,6 +107,7 @@ impl State {
         let key = instance.model;
         let draining = instance.state == InstanceState::Draining || instance.leaving;
         self.seats_taken -= sequences;
+        self.map_instance(id, now);
         let took = now.saturating_sub(taken_at).as_secs_f64();
         let model = self.model_mut(key);
         match &mut model.service {
@@ -227,12 +229,15 @@ impl State {
             };
             timeline.place(Phase::Queued, waited);
             let facts = &model.facts;
-            let prefill = self.estimator.prefill(&facts.model, facts.weight_bytes, prompt_tokens);
+            let prefill = self.servers.get(&instance.server).map_or(Duration::ZERO, |server| {
+                server.estimator.prefill(&facts.model, facts.weight_bytes, prompt_tokens)
+            });
             timeline.record(Phase::Prefill, Some(prefill), Duration::ZERO);
             timeline
         });
         let queued = waited_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
         telemetry::waited(queued);
+        let instance = &self.instances[&id];
         let info = SeatInfo {
             instance: id,
             generation: instance.generation,
@@ -241,6 +246,7 @@ impl State {
             cold_start,
             queued,
         };
+        self.map_instance(id, now);
         Grant { info, sequences, at: now }
     }
 
@@ -320,7 +326,7 @@ impl State {
     fn wait_expected(&self, key: ModelKey, now: Duration) -> Duration {
         let model = self.model(key);
         let start = self.outlook(key, 0, now).map_or(Duration::ZERO, |outlook| outlook.eta);
-        let seats = model.sizing.as_ref().map_or(1, |sizing| sizing.sequences.max(1));
+        let seats = self.sizing(&model.facts).map_or(1, |sizing| sizing.sequences.max(1));
         let service = model.service.map_or(0.0, |service| service.value());
         let turns = f64::from(model.waiting_sequences) / f64::from(seats);
         start.saturating_add(Duration::try_from_secs_f64(service * turns).unwrap_or(RETRY_MAX))

@@ -11,7 +11,9 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use stoker_controller::{Budgets, Config, ControllerHandle, Facts, NodeApi, Seat, spawn};
+use stoker_controller::{
+    Budgets, Config, ControllerHandle, Facts, NodeApi, Seat, ServerConfig, ServerKey, spawn,
+};
 use stoker_types::{
     Admit, ByteSize, ClientId, InstanceId, KeepAlive, MemoryHolder, ModelFacts, ModelName, ModelSettings,
     NodeEvent, NodeMemory, NodeSnapshot, Phase, Refusal, RequestId, StartFailure, StartOrder, Started,
@@ -24,13 +26,15 @@ pub(crate) struct FakeNode {
     inner: Mutex<Inner>,
     events: broadcast::Sender<NodeEvent>,
     facts: Arc<FakeFacts>,
+    /// Of every node: seats name their instance only.
+    in_use: Arc<Mutex<BTreeMap<InstanceId, u32>>>,
 }
 
 #[derive(Default)]
 struct Inner {
     live: BTreeMap<InstanceId, StartOrder>,
     ready: BTreeMap<InstanceId, WorkerId>,
-    in_use: BTreeMap<InstanceId, u32>,
+    residency: Vec<(ModelName, ByteSize)>,
     load: BTreeMap<ModelName, Duration>,
     failures: BTreeMap<ModelName, VecDeque<StartFailure>>,
     busy_answers: u32,
@@ -49,6 +53,9 @@ pub(crate) struct FakeFacts {
 /// A controller over a fake node.
 pub(crate) struct Rig {
     pub(crate) node: Arc<FakeNode>,
+    pub(crate) first: ServerKey,
+    /// Servers that joined later.
+    others: Mutex<Vec<Arc<FakeNode>>>,
     pub(crate) facts: Arc<FakeFacts>,
     pub(crate) handle: ControllerHandle,
     owner: tokio::task::JoinHandle<()>,
@@ -88,26 +95,36 @@ pub(crate) fn admit(model: &str) -> Admit {
 impl Rig {
     /// `dram` MiB of weights, 8 MiB of KV cache (four instances of 2 x 1,024 tokens), four workers.
     pub(crate) fn new(dram: u64, models: Vec<ModelFacts>) -> Self {
-        Self::with(dram, models, |_| {})
+        Self::with(dram, models, |_, _| {})
     }
 
-    pub(crate) fn with(dram: u64, models: Vec<ModelFacts>, change: impl FnOnce(&mut Config)) -> Self {
+    pub(crate) fn with(
+        dram: u64,
+        models: Vec<ModelFacts>,
+        change: impl FnOnce(&mut Config, &mut ServerConfig),
+    ) -> Self {
         let budgets = Budgets { dram: ByteSize::mib(dram), kv: ByteSize::mib(8), slots: 4 };
-        let mut config = Config::new(budgets);
-        change(&mut config);
+        let mut config = Config::default();
+        let mut server = ServerConfig { name: String::new(), budgets, devices: Vec::new() };
+        change(&mut config, &mut server);
         let facts = Arc::new(FakeFacts::default());
         for model in models {
             facts.models.lock().insert(model.model.clone(), model);
         }
-        let node = Arc::new(FakeNode {
-            budgets: config.budgets,
-            inner: Mutex::default(),
-            events: broadcast::Sender::new(64),
-            facts: Arc::clone(&facts),
-        });
-        let (handle, owner) =
-            spawn(config, Arc::clone(&node) as Arc<dyn NodeApi>, Arc::clone(&facts) as Arc<dyn Facts>);
-        Self { node, facts, handle, owner }
+        let node = FakeNode::new(server.budgets, &facts, Arc::default());
+        let (handle, owner) = spawn(config, Arc::clone(&facts) as Arc<dyn Facts>);
+        let first = handle.join(server, Arc::clone(&node) as Arc<dyn NodeApi>);
+        Self { node, first, others: Mutex::default(), facts, handle, owner }
+    }
+
+    /// One more server.
+    pub(crate) fn join(&self, name: &str, dram: u64) -> (Arc<FakeNode>, ServerKey) {
+        let budgets = Budgets { dram: ByteSize::mib(dram), ..self.node.budgets };
+        let node = FakeNode::new(budgets, &self.facts, Arc::clone(&self.node.in_use));
+        let server = ServerConfig { name: name.to_owned(), budgets, devices: Vec::new() };
+        let key = self.handle.join(server, Arc::clone(&node) as Arc<dyn NodeApi>);
+        self.others.lock().push(Arc::clone(&node));
+        (node, key)
     }
 
     pub(crate) async fn admit(&self, model: &str) -> Result<Used, Refusal> {
@@ -142,7 +159,7 @@ pub(crate) struct Used {
 
 impl Used {
     fn new(node: Arc<FakeNode>, seat: Seat) -> Self {
-        *node.inner.lock().in_use.entry(seat.info.instance).or_default() += 1;
+        *node.in_use.lock().entry(seat.info.instance).or_default() += 1;
         Self { node, seat: Some(seat) }
     }
 
@@ -154,7 +171,7 @@ impl Used {
 impl Drop for Used {
     fn drop(&mut self) {
         let id = self.instance();
-        *self.node.inner.lock().in_use.get_mut(&id).unwrap() -= 1;
+        *self.node.in_use.lock().get_mut(&id).unwrap() -= 1;
         drop(self.seat.take());
     }
 }
@@ -162,6 +179,26 @@ impl Drop for Used {
 // === impl FakeNode ===
 
 impl FakeNode {
+    fn new(
+        budgets: Budgets,
+        facts: &Arc<FakeFacts>,
+        in_use: Arc<Mutex<BTreeMap<InstanceId, u32>>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            budgets,
+            inner: Mutex::default(),
+            events: broadcast::Sender::new(64),
+            facts: Arc::clone(facts),
+            in_use,
+        })
+    }
+
+    /// So much of a model is in its DRAM, MiB.
+    pub(crate) fn hold(&self, model: &str, dram: u64) {
+        self.inner.lock().residency.push((name(model), ByteSize::mib(dram)));
+        self.say(NodeEvent::ResidencyChanged);
+    }
+
     pub(crate) fn set_load(&self, model: &str, time: Duration) {
         self.inner.lock().load.insert(name(model), time);
     }
@@ -264,7 +301,10 @@ impl FakeNode {
 impl Drop for Rig {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            let violations = std::mem::take(&mut self.node.inner.lock().violations);
+            let mut violations = std::mem::take(&mut self.node.inner.lock().violations);
+            for node in &*self.others.lock() {
+                violations.append(&mut node.inner.lock().violations);
+            }
             let count = violations.len();
             assert_eq!(count, 0, "{:?} and so on", &violations[..count.min(3)]);
             let ended = self.owner.is_finished() && !self.handle.status().shutting_down;
@@ -321,7 +361,7 @@ impl NodeApi for FakeNode {
             return Err(StopFailure::Unknown { instance });
         }
         if mode == StopMode::IfIdle {
-            let used = inner.in_use.get(&instance).copied().unwrap_or(0);
+            let used = self.in_use.lock().get(&instance).copied().unwrap_or(0);
             if used > 0 {
                 inner.violations.push(format!("{instance} was told to stop with {used} seats in use"));
             }
@@ -346,7 +386,7 @@ impl NodeApi for FakeNode {
                 .unwrap_or_else(|| NodeMemory::whole(self.budgets.dram, self.budgets.kv)),
             dram_used: ByteSize::ZERO,
             dram_mapped: ByteSize::ZERO,
-            residency: Vec::new(),
+            residency: inner.residency.clone(),
             rates: Vec::new(),
             devices: Vec::new(),
             workers: inner

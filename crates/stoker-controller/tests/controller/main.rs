@@ -5,4 +5,5 @@
 mod common;
 mod memory;
 mod seats;
+mod servers;
 mod soak;

@@ -242,7 +242,7 @@ async fn clients_that_go_leave_no_trace() {
 
 #[tokio::test(start_paused = true)]
 async fn queues_are_bounded_per_model_per_client_and_in_all() {
-    let rig = Arc::new(Rig::with(64, vec![model("a", 10), model("b", 10)], |config| {
+    let rig = Arc::new(Rig::with(64, vec![model("a", 10), model("b", 10)], |config, _| {
         config.queue.per_model_max = 8;
         config.queue.total_max = 10;
     }));
@@ -574,7 +574,7 @@ async fn models_are_spread_over_devices_and_make_room_there() {
     };
     // Ten of weights, two of KV cache and one of work memory: each device holds one.
     let models = ["a", "b", "c"].map(|text| model(text, 10)).to_vec();
-    let rig = Rig::with(64, models, |config| config.devices = vec![device(0), device(1)]);
+    let rig = Rig::with(64, models, |_, server| server.devices = vec![device(0), device(1)]);
     let on = |rig: &Rig| {
         let instances = rig.handle.instances().into_iter();
         instances.map(|i| (i.model.to_string(), i.device, i.work_bytes)).collect::<Vec<_>>()

@@ -206,7 +206,9 @@ pub(super) struct NodeState {
 #[derive(Debug, Clone)]
 pub(super) struct DeviceState {
     pub(super) spec: DeviceSpec,
-    /// Less what its instances take. Never negative.
+    /// What its instances take.
+    used: u64,
+    /// What they leave; nothing when it has less than they take.
     pub(super) free: u64,
     pub(super) slots: u32,
     pub(super) link: Link,
@@ -348,6 +350,16 @@ fn per_byte(rate: BytesPerSec) -> f64 {
     if rate.0 > 0.0 { 1e6 / rate.0 } else { f64::INFINITY }
 }
 
+// === impl DeviceState ===
+
+impl DeviceState {
+    fn count_free(&mut self) {
+        let instances = u32::try_from(self.instances.len()).unwrap_or(u32::MAX);
+        self.free = self.spec.memory.bytes().saturating_sub(self.used);
+        self.slots = self.spec.slots.saturating_sub(instances);
+    }
+}
+
 // === impl ModelState ===
 
 impl ModelState {
@@ -389,6 +401,7 @@ impl Cluster {
         self.remove_node(key);
         let device = |spec: &DeviceSpec| DeviceState {
             spec: *spec,
+            used: 0,
             free: spec.memory.bytes(),
             slots: spec.slots,
             link: Link::new(spec.link),
@@ -456,18 +469,19 @@ impl Cluster {
         Ok(())
     }
 
-    /// The newly measured rate of a device's link.
+    /// What a device has now. Instances that it has stay, also when they take more than that.
     ///
     /// # Errors
     /// [`DeltaError::NoNode`], [`DeltaError::NoDevice`].
-    pub fn set_link(&mut self, key: NodeKey, device: DeviceId, rate: BytesPerSec) -> Result<(), DeltaError> {
+    pub fn set_device(&mut self, key: NodeKey, device: DeviceId, spec: DeviceSpec) -> Result<(), DeltaError> {
         let node = self.node_mut(key)?;
         let has = node.devices.len();
-        let Some(device) = node.devices.get_mut(device.0 as usize) else {
+        let Some(state) = node.devices.get_mut(device.0 as usize) else {
             return Err(DeltaError::NoDevice { node: key, has, asked: [device].into_iter().collect() });
         };
-        device.link.per_byte = per_byte(rate);
-        device.spec.link = rate;
+        state.link.per_byte = per_byte(spec.link);
+        state.spec = spec;
+        state.count_free();
         Ok(())
     }
 
@@ -519,6 +533,12 @@ impl Cluster {
         Ok(())
     }
 
+    /// Whether a model was added.
+    #[must_use]
+    pub fn knows(&self, model: ModelKey) -> bool {
+        self.models.contains_key(&model)
+    }
+
     /// What a server has of a model.
     #[must_use]
     pub fn residency(&self, node: NodeKey, model: ModelKey) -> Residency {
@@ -566,10 +586,10 @@ impl Cluster {
         let node = self.node_mut(spec.node)?;
         for device in spec.devices.iter() {
             let state = &mut node.devices[device.0 as usize];
-            state.free -= bytes;
-            state.slots -= 1;
+            state.used += bytes;
             let at = state.instances.partition_point(|(other, _)| *other < id);
             state.instances.insert(at, (id, place));
+            state.count_free();
         }
         Ok(())
     }
@@ -602,9 +622,9 @@ impl Cluster {
         if let Ok(node) = self.node_mut(spec.node) {
             for device in spec.devices.iter() {
                 let state = &mut node.devices[device.0 as usize];
-                state.free += spec.device_bytes.bytes();
-                state.slots += 1;
+                state.used -= spec.device_bytes.bytes();
                 state.instances.retain(|(other, _)| *other != id);
+                state.count_free();
             }
         }
         Ok(spec)

@@ -104,7 +104,7 @@ prop_compose! {
                 }
             })
             .collect();
-        let demand = Demand { model: ModelKey(u32::try_from(wanted).unwrap()), prompt_tokens };
+        let demand = Demand { model: ModelKey(u32::try_from(wanted).unwrap()), prompt_tokens, avoid: None };
         Case { nodes, models, residency, instances, queues, demand }
     }
 }
@@ -348,7 +348,7 @@ fn all_means(
                     if other == node && devices.contains(device) {
                         continue;
                     }
-                    let demand = Demand { model: spec.model, prompt_tokens: 0 };
+                    let demand = Demand { model: spec.model, prompt_tokens: 0, avoid: None };
                     let (_, ready, alone) = start(cluster, other, DeviceSet::one(device), &demand, 0.0);
                     let time = (ready + resume + cut).max(settled);
                     means.push(Means { time, penalty, to: Some((other, device, alone)) });

@@ -48,6 +48,8 @@ pub struct Demand {
     pub model: ModelKey,
     /// The prompt of the request that waits longest, in tokens.
     pub prompt_tokens: u32,
+    /// A server to leave out: its last start failed there.
+    pub avoid: Option<NodeKey>,
 }
 
 /// Where a model starts.
@@ -227,6 +229,7 @@ struct Choice<'a> {
     judgement: &'a Judgement,
     model: &'a cluster::ModelState,
     prompt_tokens: u64,
+    avoid: Option<NodeKey>,
     now: Duration,
     best: Option<Found>,
     /// The least lower bound of what wasn't looked at.
@@ -318,6 +321,7 @@ impl<'a> Choice<'a> {
             judgement,
             model,
             prompt_tokens: u64::from(demand.prompt_tokens),
+            avoid: demand.avoid,
             now,
             best: None,
             open: Micros::MAX,
@@ -373,7 +377,7 @@ impl<'a> Choice<'a> {
     /// Enters what a server could do at best, and offers what it can do now. False when it is too small.
     fn bound(&mut self, at: usize, held: Residency, waiting: &mut Vec<Bounded>) -> bool {
         let node = &self.cluster.states[at];
-        if !node.open {
+        if !node.open || self.avoid == Some(node.key) {
             return false;
         }
         self.effort.bounded += 1;
@@ -441,7 +445,8 @@ impl<'a> Choice<'a> {
     /// The server on which it would load the soonest, whoever is there, and the soonest plan without migration on it.
     fn nearest(mut self) -> Result<Plan, NoPlan> {
         let mut waiting: Vec<Bounded> = Vec::new();
-        for (at, node) in self.cluster.states.iter().enumerate().filter(|(_, node)| node.open) {
+        let is_open = |(_, node): &(usize, &NodeState)| node.open && self.avoid != Some(node.key);
+        for (at, node) in self.cluster.states.iter().enumerate().filter(is_open) {
             self.effort.bounded += 1;
             if let Some((least, _)) = self.at_best(node, self.model.held(at)).empty {
                 waiting.push(Bounded { least, node: node.key, at });
@@ -472,6 +477,9 @@ impl<'a> Choice<'a> {
         let mut large_enough = false;
         for at in order {
             let node = &self.cluster.states[at];
+            if self.avoid == Some(node.key) {
+                continue;
+            }
             self.effort.bounded += 1;
             let best = self.at_best(node, self.model.held(at));
             large_enough |= best.empty.is_some();

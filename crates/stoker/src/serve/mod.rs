@@ -10,7 +10,7 @@ use std::{net::SocketAddr, num::NonZeroU32, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use stoker_controller::{Budgets, ControllerHandle, DeviceConfig};
+use stoker_controller::{Budgets, ControllerHandle, DeviceConfig, ServerConfig};
 use stoker_gateway::{GatewayConfig, GatewayDeps, Shutdown, WorkerPool};
 use stoker_node::{ClientSocket, MemoryConfig, Node, NodeConfig, PressureTrigger, RuntimeDir, WorkerConfig};
 use stoker_types::{ByteSize, DeviceMemoryState};
@@ -134,13 +134,13 @@ impl Server {
         let traces = Arc::new(traces::RequestTraces::new(export));
 
         let budgets = Budgets { dram, kv, slots: slots.get() };
-        let mut controller_config = stoker_controller::Config::new(budgets);
-        controller_config.devices.clone_from(&devices);
+        let mut controller_config = stoker_controller::Config::default();
         controller_config.queue = config.queue.value;
         controller_config.rules.wait_max = Duration::from_secs(config.other_model_wait_s.value);
         let node_api = Arc::new(adapters::NodeOfThisProcess(node.clone()));
-        let (controller, _owner) =
-            stoker_controller::spawn(controller_config, node_api, Arc::new(library.clone()));
+        let (controller, _owner) = stoker_controller::spawn(controller_config, Arc::new(library.clone()));
+        let server = ServerConfig { name: String::new(), budgets, devices: devices.clone() };
+        let _this_one = controller.join(server, node_api);
 
         let admin = admin::AdminServer::start(
             &config.dirs.admin_socket(),

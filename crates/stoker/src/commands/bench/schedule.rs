@@ -182,7 +182,7 @@ impl World {
         let judgement = Judgement { migrate: false, ..Judgement::default() };
         let mut in_vain = 0;
         while in_vain < FILL_TRIES {
-            let demand = Demand { model: self.drawn_model(), prompt_tokens: 0 };
+            let demand = Demand { model: self.drawn_model(), prompt_tokens: 0, avoid: None };
             let draw = Policy::Random(Draw(self.random.random()));
             match place(&self.cluster, &demand, draw, &judgement, self.now) {
                 Ok(plan) if plan.victims.is_empty() => {
@@ -266,9 +266,13 @@ impl World {
     /// A demand by Zipf's law, drawn again until it needs victims or doesn't, as it should.
     fn demand(&mut self, judgement: &Judgement) -> Demand {
         let needs_victims = self.random.random_bool(WITH_VICTIMS);
-        let mut demand = Demand { model: ModelKey(0), prompt_tokens: 0 };
+        let mut demand = Demand { model: ModelKey(0), prompt_tokens: 0, avoid: None };
         for _ in 0..DRAWS_MAX {
-            demand = Demand { model: self.drawn_model(), prompt_tokens: self.random.random_range(16..1024) };
+            demand = Demand {
+                model: self.drawn_model(),
+                prompt_tokens: self.random.random_range(16..1024),
+                avoid: None,
+            };
             let plan = place(&self.cluster, &demand, Policy::StartupTime, judgement, self.now);
             if plan.is_ok_and(|plan| plan.victims.is_empty() != needs_victims) {
                 break;
