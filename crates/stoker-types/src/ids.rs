@@ -23,6 +23,23 @@ pub struct InvalidName {
     pub name: String,
 }
 
+/// A server of a cluster, such as `gpu-17`: its host name, or whatever it was given.
+///
+/// At most 63 bytes of ASCII letters, digits and `._-`, beginning with a letter or digit.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NodeId(Arc<str>);
+
+/// Why a string is no [`NodeId`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{name}` is not a node's name: use at most 63 letters, digits and `._-`, beginning with a letter or digit"
+)]
+pub struct InvalidNodeId {
+    /// What was given, cut to 160 bytes and with control characters escaped.
+    pub name: String,
+}
+
 /// Who asks, for limits and fairness: an API key's name, or the peer's address where there are no keys.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ClientId(pub Arc<str>);
@@ -55,6 +72,10 @@ number!(
     Generation(u64), "g"
 );
 number!(
+    /// A leader's term: the store's revision at which it began. Grows; what an earlier term ordered is refused.
+    Epoch(u64), "e"
+);
+number!(
     /// A worker process of one node. Never reused within the node's life.
     WorkerId(u32), "w"
 );
@@ -80,13 +101,7 @@ impl ModelName {
             && name.as_bytes()[0].is_ascii_alphanumeric()
             && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:/@-".contains(&b))
             && name.split('/').all(|s| !matches!(s, "" | "." | ".."));
-        if ok {
-            Ok(Self(name.into()))
-        } else {
-            let mut shown: String = name.chars().take(40).flat_map(char::escape_default).collect();
-            shown.truncate(160);
-            Err(InvalidName { name: shown })
-        }
+        if ok { Ok(Self(name.into())) } else { Err(InvalidName { name: shown(name) }) }
     }
 
     /// The name as text.
@@ -125,6 +140,56 @@ impl TryFrom<String> for ModelName {
 impl From<ModelName> for String {
     fn from(name: ModelName) -> Self {
         name.0.to_string()
+    }
+}
+
+/// What was given, safe to show: at most 160 bytes, control characters escaped.
+fn shown(name: &str) -> String {
+    let mut shown: String = name.chars().take(40).flat_map(char::escape_default).collect();
+    shown.truncate(160);
+    shown
+}
+
+// === impl NodeId ===
+
+impl NodeId {
+    /// Longest name, in bytes.
+    pub const LEN_MAX: usize = 63;
+
+    /// Checks and wraps a name.
+    ///
+    /// # Errors
+    /// [`InvalidNodeId`] when it breaks the rules in the type's documentation.
+    pub fn new(name: &str) -> Result<Self, InvalidNodeId> {
+        let ok = name.len() <= Self::LEN_MAX
+            && name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric)
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        if ok { Ok(Self(name.into())) } else { Err(InvalidNodeId { name: shown(name) }) }
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl TryFrom<String> for NodeId {
+    type Error = InvalidNodeId;
+    fn try_from(s: String) -> Result<Self, InvalidNodeId> {
+        Self::new(&s)
+    }
+}
+
+impl From<NodeId> for String {
+    fn from(node: NodeId) -> Self {
+        node.0.to_string()
     }
 }
 
@@ -169,6 +234,16 @@ mod tests {
             &"a".repeat(129),
         ] {
             assert!(ModelName::new(name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_nodes() {
+        for name in ["gpu-17", "10.0.0.3", "a", &"a".repeat(63)] {
+            assert_eq!(NodeId::new(name).unwrap().as_str(), name);
+        }
+        for name in ["", "-a", "a/b", "a b", "é", &"a".repeat(64)] {
+            assert!(NodeId::new(name).is_err(), "{name:?}");
         }
     }
 

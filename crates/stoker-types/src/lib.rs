@@ -18,7 +18,10 @@ mod units;
 
 pub use deployment::{KeepAlive, ModelFacts, ModelSettings, ParseKeepAliveError};
 pub use dtype::DType;
-pub use ids::{ClientId, DeviceId, Generation, InstanceId, InvalidName, ModelName, RequestId, WorkerId};
+pub use ids::{
+    ClientId, DeviceId, Epoch, Generation, InstanceId, InvalidName, InvalidNodeId, ModelName, NodeId,
+    RequestId, WorkerId,
+};
 pub use limits::QueueLimits;
 pub use memory::{DeviceMemoryState, MemoryBudget, MemoryHolder, NodeMemory};
 pub use order::{
