@@ -298,9 +298,10 @@ impl Keeper {
                 Ok(Ok(modified)) => modified,
                 Ok(Err(end)) => return Ok(Some(end)),
                 Err(Error::LeaseGone { .. }) => return Ok(None),
-                Err(error)
-                    if (transient(&error) || matches!(error, Error::Conflict { .. })) && lease.is_held() =>
-                {
+                Err(error) if transient(&error) || matches!(error, Error::Conflict { .. }) => {
+                    if !lease.is_held() {
+                        return Ok(None);
+                    }
                     tokio::time::sleep(backoff.pause()).await;
                     continue;
                 }

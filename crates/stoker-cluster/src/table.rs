@@ -268,22 +268,20 @@ impl<T> fmt::Debug for Table<T> {
 impl<T: Record> Subscription<T> {
     /// The next change. Cancel-safe.
     pub async fn next(&mut self) -> Update<T> {
-        loop {
-            match self.deltas.recv().await {
-                // What a snapshot after falling behind has shown already.
-                Ok(delta) if delta.generation <= self.generation => {}
-                Ok(delta) => {
-                    self.generation = delta.generation;
-                    return Update::Delta(delta);
-                }
-                Err(broadcast::error::RecvError::Lagged(_)) => {
-                    let snapshot = self.shared.current.read().clone();
-                    self.generation = snapshot.generation;
-                    return Update::Behind(snapshot);
-                }
-                // The sender is in `shared`, which we hold.
-                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        match self.deltas.recv().await {
+            Ok(delta) => {
+                self.generation = delta.generation;
+                Update::Delta(delta)
             }
+            Err(broadcast::error::RecvError::Lagged(_)) => {
+                // From the end on: the snapshot has the rest. Nothing is sent while the lock is held.
+                let current = self.shared.current.read();
+                self.deltas = self.deltas.resubscribe();
+                self.generation = current.generation;
+                Update::Behind(Arc::clone(&current))
+            }
+            // The sender is in `shared`, which we hold.
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }
     }
 }
@@ -321,10 +319,7 @@ impl<T: Record> Follower<T> {
                     break;
                 }
                 match self.read(Deadline::after(self.settings.call_timeout)).await {
-                    Ok(()) => {
-                        Arc::make_mut(&mut *self.shared.current.write()).resyncs += 1;
-                        break;
-                    }
+                    Ok(()) => break,
                     Err(error) => drop(self.shared.state.send_replace(TableState::Failing(error))),
                 }
             }
@@ -346,7 +341,7 @@ impl<T: Record> Follower<T> {
         });
         while let Some(changes) = watch.next().await {
             match changes {
-                Ok(changes) => self.apply(changes),
+                Ok(changes) => self.apply(changes, 0),
                 Err(error) => return error,
             }
             backoff.reset();
@@ -372,7 +367,10 @@ impl<T: Record> Follower<T> {
         events.extend(
             listed.iter().filter(|(id, e)| !same(id, e)).map(|(_, entry)| Event::Put((*entry).clone())),
         );
-        self.apply(Changes { revision, events });
+        // The first reading isn't one anew: there is no revision before it.
+        let anew = u64::from(current.revision != Revision(0));
+        drop(current);
+        self.apply(Changes { revision, events }, anew);
         Ok(())
     }
 
@@ -380,7 +378,7 @@ impl<T: Record> Follower<T> {
         key.strip_prefix(&self.prefix)
     }
 
-    fn apply(&self, changes: Changes) {
+    fn apply(&self, changes: Changes, resyncs: u64) {
         let Changes { revision, events } = changes;
         let mut current = self.shared.current.write();
         // Copied only while somebody holds a snapshot.
@@ -414,6 +412,7 @@ impl<T: Record> Follower<T> {
             }
         }
         table.revision = table.revision.max(revision);
+        table.resyncs += resyncs;
         if !touched {
             return;
         }

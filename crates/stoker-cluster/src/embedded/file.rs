@@ -185,8 +185,11 @@ fn lease_of(bytes: &[u8]) -> Option<LeaseId> {
 
 /// One key, now.
 pub(super) fn get(database: &Database, key: &str) -> Result<Option<Entry>, Error> {
-    let read = || -> Result<_, redb::Error> { Ok(database.begin_read()?.open_table(KV)?.get(key)?) };
-    read().map_err(failed)?.map(|value| decode(key, value.value())).transpose()
+    let read = || -> Result<_, redb::Error> { Ok(database.begin_read()?.open_table(KV)?) };
+    // The table keeps the transaction alive; what `get` returns doesn't.
+    let table = read().map_err(failed)?;
+    let value = table.get(key).map_err(|error| failed(error.into()))?;
+    value.map(|value| decode(key, value.value())).transpose()
 }
 
 /// The table as of now, and the revision that it shows.
@@ -195,7 +198,8 @@ pub(super) fn snapshot(
 ) -> Result<(Revision, redb::ReadOnlyTable<&'static str, &'static [u8]>), Error> {
     let read = || -> Result<_, redb::Error> {
         let txn = database.begin_read()?;
-        let revision = txn.open_table(META)?.get(REVISION)?.map_or(0, |value| value.value());
+        let meta = txn.open_table(META)?;
+        let revision = meta.get(REVISION)?.map_or(0, |value| value.value());
         Ok((Revision(revision), txn.open_table(KV)?))
     };
     read().map_err(failed)

@@ -89,10 +89,10 @@ impl Task {
             if answer.is_closed() {
                 continue;
             }
-            match self.open().await {
+            match self.open(lease).await {
                 Ok(mut open) => {
-                    let error =
-                        if open.ask(lease, answer).await { self.serve(&mut open).await } else { None };
+                    open.waiting.entry(lease).or_default().push_back(answer);
+                    let error = self.serve(&mut open).await;
                     self.links.failed(&open.link);
                     let error =
                         error.unwrap_or_else(|| Error::unavailable("the stream of keep-alives ended"));
@@ -106,15 +106,17 @@ impl Task {
         }
     }
 
-    async fn open(&self) -> Result<Open, Error> {
+    /// Opens a stream and asks for a first lease: without one, etcd sends not even headers.
+    async fn open(&self, first: LeaseId) -> Result<Open, Error> {
         let deadline = Deadline::after(self.links.attempt_timeout());
         let link = self.links.link(deadline).await?;
         let token = self.links.token(&link, deadline).await?;
         let (requests, receiver) = mpsc::channel(QUEUE);
+        let full = |_| Error::unavailable("no room for a first keep-alive");
+        requests.try_send(LeaseKeepAliveRequest { id: signed(first.0) }).map_err(full)?;
         let mut request = Request::new(ReceiverStream::new(receiver));
         let serial = authorise(&mut request, token.as_ref());
         let mut client = LeaseClient::new(link.channel.clone());
-        // etcd answers with headers at once, without waiting for a first lease.
         match deadline.bound(client.lease_keep_alive(request)).await {
             Some(Ok(response)) => {
                 let responses = response.into_inner();

@@ -83,15 +83,12 @@ pub(super) fn text(error: &(dyn StdError + 'static)) -> String {
     text
 }
 
-/// What the TLS handshake failed by, when no other try would go better.
+/// What the TLS handshake failed by, when no other try would go better. Read from the text: on the way through HTTP/2 the
+/// error itself is lost. Our certificate's refusal comes as the server's alert, only after our side has finished.
 pub(super) fn tls_refusal(error: &(dyn StdError + 'static)) -> Option<String> {
-    causes(error).find_map(|cause| {
-        let tls = cause.downcast_ref::<rustls::Error>().or_else(|| {
-            // An I/O error's `source` is that of what it wraps, not the wrapped error itself.
-            cause.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>()
-        })?;
-        matches!(tls, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_))
-            .then(|| tls.to_string())
+    causes(error).map(ToString::to_string).find(|text| {
+        let alert = ["Certificate", "UnknownCA", "AccessDenied"].iter().any(|alert| text.contains(alert));
+        text.contains("invalid peer certificate") || (text.contains("received fatal alert") && alert)
     })
 }
 
@@ -147,6 +144,9 @@ mod tests {
             (Code::Cancelled, "Timeout expired", "Unknown"),
             (Code::DeadlineExceeded, "context deadline exceeded", "Unknown"),
             (Code::Unimplemented, "", "Protocol"),
+            (Code::Unavailable, "received fatal alert: BadCertificate", "Refused"),
+            (Code::Unavailable, "invalid peer certificate: UnknownIssuer", "Refused"),
+            (Code::Unavailable, "received fatal alert: InternalError", "Unknown"),
         ] {
             assert_eq!(kind(code, text), expected, "{code:?} {text}");
         }

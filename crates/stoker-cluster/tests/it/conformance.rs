@@ -135,7 +135,9 @@ async fn counts_every_increment(store: Store) {
             }
         }
     };
-    futures::future::join_all((0..8).map(|_| tokio::spawn(one(Arc::clone(&store))))).await;
+    for task in futures::future::join_all((0..8).map(|_| tokio::spawn(one(Arc::clone(&store))))).await {
+        task.unwrap();
+    }
     assert_eq!(store.get("n", soon()).await.unwrap().unwrap().value, text("80"));
 }
 
