@@ -47,6 +47,8 @@ struct Keeper {
     store: Arc<dyn ClusterStore>,
     settings: LeaseSettings,
     id: LeaseId,
+    /// Before it was asked for.
+    granted: Instant,
     until: watch::Sender<Option<Instant>>,
 }
 
@@ -94,7 +96,13 @@ impl HeldLease {
         let lease = store.grant(settings.ttl, deadline).await?;
         let (until, until_receiver) = watch::channel(Some(sent + settings.usable(lease.ttl)));
         let (stop, stopped) = oneshot::channel();
-        let keeper = Keeper { store: Arc::clone(store), settings: settings.clone(), id: lease.id, until };
+        let keeper = Keeper {
+            store: Arc::clone(store),
+            settings: settings.clone(),
+            id: lease.id,
+            granted: sent,
+            until,
+        };
         tokio::spawn(keeper.run(stopped));
         Ok(Self { id: lease.id, until: until_receiver, clock, stop: Some(stop) })
     }
@@ -109,6 +117,12 @@ impl HeldLease {
     #[must_use]
     pub fn is_held(&self) -> bool {
         self.until.borrow().is_some_and(|until| self.clock.now() < until)
+    }
+
+    /// Until when it can be relied on, by the holder's clock, if it isn't renewed; `None` when it is lost.
+    #[must_use]
+    pub fn until(&self) -> Option<Instant> {
+        *self.until.borrow()
     }
 
     /// Ends when it can't be relied on any more. Cancel-safe.
@@ -177,21 +191,21 @@ impl Keeper {
     async fn keep(&self) {
         let clock = &self.settings.clock;
         let mut backoff = Backoff::new(Duration::from_millis(20), self.settings.renew);
-        let mut wait = self.settings.renew;
+        let mut next = self.granted + self.settings.renew;
         loop {
-            clock.sleep_until(clock.now() + wait).await;
+            clock.sleep_until(next).await;
             let sent = clock.now();
             let Some(end) = (*self.until.borrow()).filter(|end| sent < *end) else { return };
-            wait = match self.store.keep_alive(self.id, Deadline::after(end - sent)).await {
+            next = match self.store.keep_alive(self.id, Deadline::after(end - sent)).await {
                 Ok(ttl) => {
                     self.until.send_replace(Some(sent + self.settings.usable(ttl)));
                     backoff.reset();
-                    self.settings.renew
+                    sent + self.settings.renew
                 }
                 Err(Error::LeaseGone { .. }) => return,
                 Err(error) => {
                     tracing::debug!(lease = %self.id, %error, "a lease wasn't renewed");
-                    backoff.pause()
+                    clock.now() + backoff.pause()
                 }
             };
         }

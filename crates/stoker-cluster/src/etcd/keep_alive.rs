@@ -138,7 +138,7 @@ impl Task {
             tokio::select! {
                 ask = self.asks.recv() => {
                     let (lease, answer) = ask?;
-                    if !open.ask(lease, answer).await {
+                    if !open.ask(lease, answer) {
                         return None;
                     }
                 }
@@ -170,10 +170,10 @@ impl Task {
 // === impl Open ===
 
 impl Open {
-    /// False when the stream takes no more.
-    async fn ask(&mut self, lease: LeaseId, answer: Answer) -> bool {
+    /// False when the stream takes no more. It never waits: a member that is silent has to be left, not waited for.
+    fn ask(&mut self, lease: LeaseId, answer: Answer) -> bool {
         self.waiting.entry(lease).or_default().push_back(answer);
-        self.requests.send(LeaseKeepAliveRequest { id: signed(lease.0) }).await.is_ok()
+        self.requests.try_send(LeaseKeepAliveRequest { id: signed(lease.0) }).is_ok()
     }
 
     fn answer(&mut self, response: &LeaseKeepAliveResponse) {

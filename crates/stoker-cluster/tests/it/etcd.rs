@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use stoker_cluster::{
-    ClusterStore, ClusterStoreExt as _, Deadline, Error, Event, Expect, HeldLease, LeaseSettings, Retry,
-    Revision, Txn, Watch,
+    ClusterStore, ClusterStoreExt as _, Deadline, Election, Error, Event, Expect, HeldLease, LeaseSettings,
+    Retry, Revision, Term, Txn, Watch,
     etcd::{
         Etcd, EtcdLogin, EtcdTls,
         api::{
@@ -14,6 +14,7 @@ use stoker_cluster::{
             AuthUserGrantRoleRequest, Permission, auth_client::AuthClient, permission,
         },
     },
+    records::LeaderRecord,
 };
 
 use crate::{
@@ -309,6 +310,67 @@ async fn logins_are_checked_and_renewed() {
     let changes = soon().bound(watch.next()).await.unwrap().unwrap().unwrap();
     assert_eq!((changes.revision, changes.events.len()), (third, 1));
     stoker.keep_alive(lease, soon()).await.unwrap();
+}
+
+/// A leader of ours goes on through a change of etcd's leader, or ends before the next one begins.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn elections_outlive_a_leader_of_etcd() {
+    let mut cluster = Cluster::start(3).await;
+    let candidates: Vec<_> = (0..2)
+        .map(|_| Election::new(Arc::new(cluster.store()), LeaseSettings::new(Duration::from_secs(5))))
+        .collect();
+    let me = |name: &str| LeaderRecord { controller: name.to_owned(), address: String::new() };
+    let first = candidates[0].campaign(&me("first")).await.unwrap();
+    let second = tokio::spawn({
+        let (election, me) = (candidates[1].clone(), me("second"));
+        async move { election.campaign(&me).await.unwrap() }
+    });
+    let leader = cluster.leader().await;
+    cluster.kill(leader);
+    // Two of three are enough for a write under the fence, by whoever leads then.
+    let store = cluster.store();
+    let write =
+        |term: &Term| Txn::new().compare(term.fence()).put("a", Bytes::from(term.epoch().0.to_string()));
+    let fenced = settle(&store, write(&first)).await;
+    if first.is_current() {
+        fenced.unwrap();
+        assert!(!second.is_finished());
+        first.resign(soon()).await.unwrap();
+    }
+    let second = soon().bound(second).await.expect("nobody leads").unwrap();
+    assert!(second.is_current());
+    let view = candidates[0].observe(soon()).await.unwrap();
+    assert_eq!(view.current().unwrap().epoch, second.epoch());
+    cluster.start_again().await;
+    settle(&store, write(&second)).await.unwrap();
+}
+
+/// Commits what does no harm twice, until somebody says what became of it.
+async fn settle(store: &Etcd, txn: Txn) -> Result<(), Error> {
+    loop {
+        match store.commit(txn.clone(), soon()).await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.retry() == Retry::No => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+/// A listing that takes longer than history is kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listing_is_overtaken_by_compaction() {
+    let cluster = Cluster::start(1).await;
+    let store = cluster.store();
+    for i in 0..10 {
+        store.put(&format!("p/{i}"), text("x"), soon()).await.unwrap();
+    }
+    let mut listing = store.list("p/", 4, soon()).await.unwrap();
+    assert_eq!(listing.pages.next().await.unwrap().unwrap().len(), 4);
+    let last = store.put("p/9", text("y"), soon()).await.unwrap();
+    store.compact(last, soon()).await.unwrap();
+    let error = listing.pages.next().await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Compacted { wanted, .. } if wanted == listing.revision), "{error}");
+    assert!(listing.pages.next().await.is_none());
 }
 
 /// Two clusters in one etcd see nothing of each other.

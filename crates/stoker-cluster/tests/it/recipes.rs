@@ -4,9 +4,9 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use stoker_cluster::{
-    Change, ClusterStore, ClusterStoreExt as _, Election, Error, Expect, Faults, Faulty, HeldLease,
-    JoinError, JoinTokenError, JoinTokens, LeaseSettings, MemberState, Membership, MembershipEvent,
-    RecordError, Table, TableSettings, TableState, Txn, Update, Version, Versioned, keys,
+    Change, Clock as _, ClusterStore, ClusterStoreExt as _, Election, Error, Expect, Faults, Faulty,
+    HeldLease, JoinError, JoinTokenError, JoinTokens, LeaseSettings, ManualClock, MemberState, Membership,
+    MembershipEvent, RecordError, Table, TableSettings, TableState, Txn, Update, Version, Versioned, keys,
     records::{InstanceRecord, LeaderRecord, NodeRecord},
 };
 use stoker_types::{ByteSize, DeviceId, Epoch, Generation, InstanceId, ModelName, NodeId};
@@ -23,6 +23,7 @@ on_both_stores!(
     a_node_that_restarts_takes_its_place,
     a_member_comes_back_after_an_outage,
     a_table_follows,
+    a_table_says_when_it_does_not_follow,
     a_slow_subscriber_gets_the_whole_table,
     tokens_are_used_once,
 );
@@ -61,7 +62,7 @@ fn with_switch(store: &Store) -> (Arc<Faulty<dyn ClusterStore>>, Store) {
         answer_lost: 0.0,
         late: 0.0,
         lease_expired: 0.0,
-        compacted: 0.0,
+        compacted: 1.0,
     };
     let faulty = Faulty::new(Arc::clone(store), faults);
     faulty.set_active(false);
@@ -172,6 +173,46 @@ async fn a_lease_is_released_when_dropped(store: Store) {
     let changes = soon().bound(futures::StreamExt::next(&mut watch)).await.unwrap().unwrap().unwrap();
     assert_eq!(changes.revision, put.next());
     assert_eq!(store.get("a", soon()).await.unwrap(), None);
+}
+
+/// The holder's own clock decides, whatever the store thinks and however late its tasks are.
+#[tokio::test]
+async fn a_lease_ends_by_the_holders_clock() {
+    let (_dir, store) = crate::embedded_store();
+    let store: Store = Arc::new(store);
+    let clock = Arc::new(ManualClock::new());
+    let settings = LeaseSettings {
+        clock: Arc::<ManualClock>::clone(&clock),
+        margin: Duration::from_secs(100),
+        renew: Duration::from_secs(200),
+        ..LeaseSettings::new(Duration::from_secs(1_000))
+    };
+    let lease = HeldLease::grant(&store, &settings, soon()).await.unwrap();
+    let lost = lease.lost();
+    clock.advance(Duration::from_millis(899_999));
+    assert!(lease.is_held());
+    clock.advance(Duration::from_millis(1));
+    // At once: no task had a chance to run.
+    assert!(!lease.is_held());
+    soon().bound(lost).await.unwrap();
+    // The store would have let it live on; it is revoked instead.
+    let gone = Error::LeaseGone { lease: lease.id() };
+    while store.keep_alive(lease.id(), soon()).await != Err(gone.clone()) {
+        tokio::task::yield_now().await;
+    }
+    // Renewals push the end out.
+    let lease = HeldLease::grant(&store, &settings, soon()).await.unwrap();
+    for _ in 0..10 {
+        let (renewed, before) = (lease.lost(), clock.now());
+        clock.advance(Duration::from_secs(200));
+        // Until the renewal at this time has come through: from then on it lasts 900 s more.
+        let until = before + Duration::from_secs(200 + 900);
+        while lease.until().is_none_or(|end| end < until) {
+            tokio::task::yield_now().await;
+        }
+        drop(renewed);
+        assert!(lease.is_held());
+    }
 }
 
 async fn nodes_join_change_and_leave(store: Store) {
@@ -295,6 +336,32 @@ async fn a_table_follows(store: Store) {
     store.compare_and_swap(&key, Expect::Modified(third), value, soon()).await.unwrap();
     let five = table.wait_for(soon(), |t| t.rows["1"].record.epoch == Epoch(5)).await.unwrap();
     assert_eq!(five.resyncs, 0);
+}
+
+async fn a_table_says_when_it_does_not_follow(store: Store) {
+    let (switch, flaky) = with_switch(&store);
+    let first = Versioned::new(instance(1)).encode().unwrap();
+    store.put(&keys::instance(InstanceId(1)), first, soon()).await.unwrap();
+    switch.set_active(true);
+    let short = stoker_cluster::Deadline::after(Duration::from_millis(200));
+    let settings = TableSettings::default();
+    let never = Table::<InstanceRecord>::open(Arc::clone(&flaky), keys::INSTANCES, settings, short).await;
+    assert!(matches!(never, Err(Error::Unavailable { .. })), "{never:?}");
+    switch.set_active(false);
+    let opened = Table::<InstanceRecord>::open(Arc::clone(&flaky), keys::INSTANCES, settings, soon()).await;
+    let table = opened.unwrap();
+    // A watch that can't begin, or is overtaken and can't be read anew.
+    switch.set_active(true);
+    let second = Versioned::new(instance(2)).encode().unwrap();
+    store.put(&keys::instance(InstanceId(1)), second, soon()).await.unwrap();
+    let mut state = table.state();
+    let failing = |state: &TableState| matches!(state, TableState::Failing(Error::Unavailable { .. }));
+    soon().bound(state.wait_for(failing)).await.expect("it doesn't say so").unwrap();
+    // It answers with what it has.
+    assert_eq!(table.get("1").unwrap().record.epoch, Epoch(1));
+    switch.set_active(false);
+    table.wait_for(soon(), |table| table.rows["1"].record.epoch == Epoch(2)).await.unwrap();
+    soon().bound(state.wait_for(|state| *state == TableState::Following)).await.unwrap().unwrap();
 }
 
 async fn a_slow_subscriber_gets_the_whole_table(store: Store) {
