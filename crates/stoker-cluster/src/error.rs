@@ -52,12 +52,12 @@ pub enum Error {
         reason: String,
     },
     /// Something is larger than the store takes.
-    #[error("{what} has {size}, at most {limit} are allowed; store a reference instead of the thing itself")]
+    #[error("{what} is too large ({}at most {limit}); store a reference instead of the thing itself", size_text(.size))]
     TooLarge {
         /// What is too large.
         what: String,
-        /// How large it is: bytes, or operations of a transaction.
-        size: usize,
+        /// How large it is, as far as known: bytes, operations of a transaction, entries of a listing.
+        size: Option<usize>,
         /// The limit, in the same unit.
         limit: usize,
     },
@@ -128,6 +128,10 @@ impl Error {
     pub(crate) fn unknown(reason: impl Into<String>) -> Self {
         Self::UnknownOutcome { reason: reason.into() }
     }
+}
+
+fn size_text(size: &Option<usize>) -> String {
+    size.map_or_else(String::new, |size| format!("{size}, "))
 }
 
 fn found_text(found: &Option<(Revision, Revision)>) -> String {

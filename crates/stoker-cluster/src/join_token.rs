@@ -68,9 +68,10 @@ impl JoinTokens {
         let key = keys::join_token(&token);
         let mut backoff = Backoff::background();
         loop {
-            // The key is new, so to write it twice does no harm.
-            match self.store.put(&key, value.clone(), deadline).await {
-                Ok(_) => return Ok(token),
+            // Only where there is nothing: a write of ours that comes late mustn't make a used token new again.
+            match self.store.compare_and_swap(&key, Expect::Absent, value.clone(), deadline).await {
+                // Nobody else has this key: it was an earlier try of ours.
+                Ok(_) | Err(Error::Conflict { .. }) => return Ok(token),
                 Err(error @ (Error::Unavailable { .. } | Error::UnknownOutcome { .. })) => {
                     pause(&mut backoff, deadline).await.ok_or(error)?;
                 }

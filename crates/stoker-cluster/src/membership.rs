@@ -19,6 +19,9 @@ use crate::{
     table::Change,
 };
 
+/// Low bits of an incarnation that are random; the others are a revision's.
+const RANDOM_BITS: u32 = 20;
+
 /// The nodes of a cluster.
 #[derive(Debug, Clone)]
 pub struct Membership {
@@ -118,8 +121,6 @@ struct Keeper {
     incarnation: u64,
     record: watch::Receiver<NodeRecord>,
     state: watch::Sender<MemberState>,
-    /// Whether it was in the store before: then a stranger's record there is newer than ours.
-    joined_before: bool,
 }
 
 /// Why keeping has ended.
@@ -147,7 +148,7 @@ impl Membership {
         record: NodeRecord,
         deadline: Deadline,
     ) -> Result<Member, JoinError> {
-        let incarnation = rand::random();
+        let incarnation = self.incarnation(&keys::node(node), deadline).await?;
         let record = NodeRecord { incarnation, ..record };
         Versioned::new(record.clone()).encode()?;
         let (record, record_receiver) = watch::channel(record);
@@ -161,7 +162,6 @@ impl Membership {
             incarnation,
             record: record_receiver,
             state,
-            joined_before: false,
         };
         tokio::spawn(keeper.run(left));
         let settled = deadline.bound(state_receiver.wait_for(|state| *state != MemberState::Joining)).await;
@@ -174,6 +174,23 @@ impl Membership {
             }
         }
         Ok(Member { record, state: state_receiver, incarnation, leave: Some(leave) })
+    }
+
+    /// A number for this life of a node, higher than that of all earlier ones: the store's revision, which any earlier
+    /// one's record has raised, and random bits against another that asks at the same moment.
+    async fn incarnation(&self, key: &str, deadline: Deadline) -> Result<u64, Error> {
+        let mut backoff = Backoff::background();
+        loop {
+            match self.store.list(key, 1, deadline).await {
+                Ok(listing) => {
+                    return Ok((listing.revision.0 << RANDOM_BITS) | rand::random_range(0..1 << RANDOM_BITS));
+                }
+                Err(error) if transient(&error) => {
+                    deadline.bound(tokio::time::sleep(backoff.pause())).await.ok_or(error)?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// The nodes as a table.
@@ -307,7 +324,6 @@ impl Keeper {
                 }
                 Err(error) => return Err(error),
             };
-            self.joined_before = true;
             backoff.reset();
             self.state.send_replace(MemberState::Joined(modified));
             let watch = self.store.watch(&self.key, modified.next(), self.call()).await;
@@ -335,7 +351,7 @@ impl Keeper {
                 let there = Versioned::<NodeRecord>::decode(&entry.value).ok();
                 let value = encode(&Versioned::new(record))?;
                 match there.map(|there| there.record.incarnation) {
-                    Some(incarnation) if incarnation != self.incarnation && self.joined_before => {
+                    Some(incarnation) if incarnation > self.incarnation => {
                         return Ok(Err(End::Displaced(incarnation)));
                     }
                     Some(_) if entry.lease == Some(lease.id()) && entry.value == value => {

@@ -24,7 +24,7 @@ pub struct NodeRecord {
     pub address: String,
     /// Stoker's version there.
     pub software: String,
-    /// Set when joining: tells one life of a node from the next.
+    /// Set when joining: tells one life of a node from the next, and is higher in the later one.
     #[serde(default)]
     pub incarnation: u64,
     /// Its devices, by their number. Empty: it computes from memory.

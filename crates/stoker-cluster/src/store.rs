@@ -254,7 +254,11 @@ pub trait ClusterStoreExt: ClusterStore {
         while let Some(page) = listing.pages.next().await {
             all.extend(page?);
             if all.len() > max {
-                return Err(Error::TooLarge { what: format!("`{prefix}`"), size: all.len(), limit: max });
+                return Err(Error::TooLarge {
+                    what: format!("`{prefix}`"),
+                    size: Some(all.len()),
+                    limit: max,
+                });
             }
         }
         Ok((listing.revision, all))
@@ -418,7 +422,11 @@ impl fmt::Debug for Listing {
 }
 
 fn too_large(what: &str, size: usize, limit: usize) -> Result<(), Error> {
-    if size > limit { Err(Error::TooLarge { what: what.to_owned(), size, limit }) } else { Ok(()) }
+    if size > limit {
+        Err(Error::TooLarge { what: what.to_owned(), size: Some(size), limit })
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether every store takes such a key.

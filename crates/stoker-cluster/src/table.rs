@@ -344,6 +344,11 @@ impl<T: Record> Follower<T> {
                 Ok(changes) => self.apply(changes, 0),
                 Err(error) => return error,
             }
+            let rows = self.shared.current.read().rows.len();
+            if rows > self.settings.rows_max {
+                let what = format!("the table `{}`", self.prefix);
+                return Error::TooLarge { what, size: Some(rows), limit: self.settings.rows_max };
+            }
             backoff.reset();
         }
         Error::unavailable("the watch ended")

@@ -77,18 +77,28 @@ pub(super) struct OpenFile {
 pub(super) fn open(path: &Path) -> Result<OpenFile, OpenError> {
     let lock = lock(path)?;
     let damaged = |reason: String| OpenError::Damaged { path: path.to_owned(), reason };
-    let database =
-        redb::Builder::new().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => {
-                OpenError::Held { path: path.to_owned(), holder: "a listing that has not ended".to_owned() }
-            }
-            redb::DatabaseError::Storage(redb::StorageError::Io(source)) => {
-                OpenError::Io { path: path.to_owned(), source }
-            }
-            error => damaged(error.to_string()),
-        })?;
-    let revision = prepare(&database).map_err(|error| damaged(error.to_string()))?;
-    match revision {
+    let io = |error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => {
+            OpenError::Held { path: path.to_owned(), holder: "a listing that has not ended".to_owned() }
+        }
+        redb::DatabaseError::Storage(redb::StorageError::Io(source)) => {
+            OpenError::Io { path: path.to_owned(), source }
+        }
+        error => damaged(error.to_string()),
+    };
+    // Redb asserts what it has no checksum to hold against.
+    let opened = std::panic::catch_unwind(|| {
+        let mut database = redb::Builder::new().set_cache_size(CACHE_BYTES).create(path)?;
+        // Every page against its checksum: the file is small, and reading doesn't look.
+        if !database.check_integrity()? {
+            tracing::warn!(path = %path.display(), "the cluster store's file was damaged; back to what was whole");
+        }
+        let revision = prepare(&database);
+        Ok((database, revision))
+    });
+    let opened = opened.map_err(|_| damaged("its pages contradict each other".to_owned()))?;
+    let (database, revision) = opened.map_err(io)?;
+    match revision.map_err(|error| damaged(error.to_string()))? {
         Ok(revision) => Ok(OpenFile { database, lock, revision }),
         Err(found) => Err(OpenError::Newer { path: path.to_owned(), found }),
     }

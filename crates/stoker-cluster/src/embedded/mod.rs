@@ -85,7 +85,9 @@ impl Embedded {
 
     /// Closes the file for all handles: what waits is finished first. Later calls find the store unavailable.
     pub async fn close(self) {
-        drop(self.shared.database.write().take());
+        let database = self.shared.database.write().take();
+        // Whoever drops the last one writes to the disk.
+        tokio::task::spawn_blocking(move || drop(database)).await.ok();
         let (answer, closed) = oneshot::channel();
         let request = Request {
             command: Command::Close { answer },

@@ -78,12 +78,19 @@ pub(super) async fn run(mut owner: Owner, mut requests: mpsc::Receiver<Request>)
             owner.work(batch);
             owner
         });
-        // The runtime is going down: whoever waits learns that the answer is lost.
-        let Ok(returned) = worked.await else { return };
-        owner = returned;
+        owner = match worked.await {
+            Ok(owner) => owner,
+            // Whoever waits learns that the answer is lost, whoever comes later that the store is closed.
+            Err(error) => {
+                if error.is_panic() {
+                    tracing::error!(%error, "the cluster store's file is damaged");
+                }
+                return;
+            }
+        };
         if let Some(Request { command: Command::Close { answer }, .. }) = close {
             requests.close();
-            drop(owner);
+            tokio::task::spawn_blocking(move || drop(owner)).await.ok();
             // Nobody waiting for the end is fine.
             answer.send(()).ok();
             return;

@@ -31,12 +31,12 @@ pub(super) fn meaning(status: &Status) -> Meaning {
         Code::InvalidArgument if text.contains("authentication failed") => refused(),
         Code::InvalidArgument if text.contains("too large") || text.contains("too many operations") => {
             let what = format!("the request ({text})");
-            Meaning::Final(Error::TooLarge { what, size: 0, limit: limits::TXN_BYTES_MAX })
+            Meaning::Final(Error::TooLarge { what, size: None, limit: limits::TXN_BYTES_MAX })
         }
         // The message was longer than we take; the caller asks for less.
         Code::OutOfRange if text.contains("message length") => {
             let what = "the answer".to_owned();
-            Meaning::Final(Error::TooLarge { what, size: 0, limit: super::MESSAGE_MAX })
+            Meaning::Final(Error::TooLarge { what, size: None, limit: super::MESSAGE_MAX })
         }
         Code::OutOfRange if text.contains("compacted") => {
             Meaning::Final(Error::Compacted { wanted: Revision(0), oldest: Revision(0) })

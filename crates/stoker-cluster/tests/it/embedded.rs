@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use futures::StreamExt as _;
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use stoker_cluster::{
     ClusterStore as _, ClusterStoreExt as _, Embedded, EmbeddedSettings, Error, Event, ManualClock,
     OpenError, Revision, Txn,
@@ -91,6 +92,44 @@ async fn files_that_are_none_are_refused() {
     }
     let nowhere = Embedded::open(&dir.path().join("none/c.redb"), EmbeddedSettings::default());
     assert!(matches!(nowhere, Err(OpenError::Io { .. })));
+}
+
+/// Bytes that have changed on the disk: an error, or all that was written but the very last, never something else.
+#[tokio::test]
+async fn damage_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.redb");
+    let store = open(&path);
+    for i in 0..200 {
+        store.put(&format!("k{i}"), Bytes::from(vec![b'x'; 100]), soon()).await.unwrap();
+    }
+    store.close().await;
+    let whole = std::fs::read(&path).unwrap();
+    let used: Vec<usize> = (0..whole.len()).filter(|i| whole[*i] != 0).collect();
+    let mut rng = StdRng::seed_from_u64(3);
+    let mut refused = 0;
+    for _ in 0..150 {
+        let mut damaged = whole.clone();
+        for _ in 0..rng.random_range(1..20) {
+            damaged[used[rng.random_range(0..used.len())]] ^= 1 << rng.random_range(0..8);
+        }
+        std::fs::write(&path, &damaged).unwrap();
+        match Embedded::open(&path, EmbeddedSettings::default()) {
+            Ok(store) => {
+                let (_, entries) = store.list_all("", 10_000, soon()).await.unwrap();
+                assert!((198..=200).contains(&entries.len()), "{} of 200", entries.len());
+                for entry in entries {
+                    let i: u64 = entry.key.strip_prefix('k').unwrap().parse().unwrap();
+                    assert_eq!((entry.modified, &*entry.value), (Revision(i + 2), &[b'x'; 100][..]));
+                }
+                store.put("new", Bytes::new(), soon()).await.unwrap();
+                store.close().await;
+            }
+            Err(OpenError::Damaged { .. } | OpenError::Io { .. } | OpenError::Newer { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 0);
 }
 
 #[tokio::test]

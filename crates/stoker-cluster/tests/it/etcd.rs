@@ -136,7 +136,7 @@ async fn a_member_freezes() {
         watches.push(store.watch("a", first.next(), soon()).await.unwrap());
     }
 
-    cluster.freeze(victim, true);
+    cluster.freeze(victim, true).await;
     // With nobody else to ask, it is unavailable, by the deadline.
     let deadline = Deadline::after(Duration::from_secs(3));
     assert!(matches!(only.get("a", deadline).await, Err(Error::Unavailable { .. })));
@@ -150,7 +150,7 @@ async fn a_member_freezes() {
         let changes = soon().bound(watch.next()).await.unwrap().unwrap().unwrap();
         assert_eq!((changes.revision, changes.events.len()), (second, 1));
     }
-    cluster.freeze(victim, false);
+    cluster.freeze(victim, false).await;
     assert!(only.get("a", soon()).await.unwrap().is_some());
 }
 
@@ -170,13 +170,13 @@ async fn pings_notice_a_dead_peer() {
         let store = Etcd::new(settings.clone()).unwrap();
         watches.push(store.watch("a", first.next(), soon()).await.unwrap());
     }
-    cluster.freeze(victim, true);
+    cluster.freeze(victim, true).await;
     let second = writer.put("a", text("2"), soon()).await.unwrap();
     for watch in &mut watches {
         let changes = soon().bound(watch.next()).await.expect("not noticed").unwrap().unwrap();
         assert_eq!((changes.revision, changes.events.len()), (second, 1));
     }
-    cluster.freeze(victim, false);
+    cluster.freeze(victim, false).await;
 }
 
 struct EtcdOnly;

@@ -204,10 +204,19 @@ impl Cluster {
     }
 
     /// Stops a member without ending it, so that its connections stay and nothing comes over them; or lets it go on.
-    pub(crate) fn freeze(&self, member: usize, freeze: bool) {
+    pub(crate) async fn freeze(&self, member: usize, freeze: bool) {
         use rustix::process::{Pid, Signal, kill_process};
         let pid = Pid::from_child(self.members[member].child.as_ref().unwrap());
         kill_process(pid, if freeze { Signal::STOP } else { Signal::CONT }).unwrap();
+        // The signal has been sent; each thread stops when it gets to it.
+        let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+        };
+        while freeze && !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
