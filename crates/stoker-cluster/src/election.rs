@@ -11,8 +11,9 @@ use stoker_types::Epoch;
 use tokio::{sync::watch, task::AbortHandle};
 
 use crate::{
-    ClusterStore, Compare, Deadline, Entry, Error, Event, Expect, HeldLease, LeaseSettings, Revision, Row,
-    Table, TableSettings, Txn, Versioned, keys::LEADER, records::LeaderRecord, retry::Backoff,
+    ClusterStore, ClusterStoreExt as _, Compare, Deadline, Entry, Error, Event, Expect, HeldLease,
+    LeaseSettings, Revision, Row, Table, TableSettings, Txn, Versioned, keys::LEADER, records::LeaderRecord,
+    retry::Backoff,
 };
 
 /// Elections over one store.
@@ -51,7 +52,7 @@ struct Watching(AbortHandle);
 /// What one try to become leader came to.
 enum Try {
     Elected(Epoch),
-    /// Somebody else leads, with a key last written then.
+    /// Somebody else leads, as of then.
     Taken(Revision),
     /// Again, after a pause.
     Again,
@@ -91,10 +92,15 @@ impl Election {
                     // Lost again before we knew: the keeper revokes it.
                     Try::Elected(_) if !lease.is_held() => break,
                     Try::Elected(epoch) => return Ok(self.term(epoch, lease)),
-                    Try::Taken(modified) => {
-                        tokio::select! {
-                            () = self.vacant(modified.next()) => {}
-                            () = lease.lost() => {}
+                    Try::Taken(now) => {
+                        let vacant = tokio::select! {
+                            vacant = self.vacant(now.next()) => vacant,
+                            () = lease.lost() => break,
+                        };
+                        if vacant {
+                            backoff.reset();
+                        } else {
+                            tokio::time::sleep(backoff.pause()).await;
                         }
                     }
                     Try::Again => tokio::time::sleep(backoff.pause()).await,
@@ -126,12 +132,12 @@ impl Election {
                 return Ok(Try::Again);
             }
         }
-        match self.store.get(LEADER, self.call()).await {
-            Ok(Some(Entry { lease: Some(holder), created, .. })) if holder == lease.id() => {
+        match self.store.get_at(LEADER, self.call()).await {
+            Ok((_, Some(Entry { lease: Some(holder), created, .. }))) if holder == lease.id() => {
                 Ok(Try::Elected(Epoch(created.0)))
             }
-            Ok(Some(entry)) => Ok(Try::Taken(entry.modified)),
-            Ok(None) => Ok(Try::Again),
+            Ok((now, Some(_))) => Ok(Try::Taken(now)),
+            Ok((_, None)) => Ok(Try::Again),
             Err(error) => {
                 self.or_fatal(error)?;
                 Ok(Try::Again)
@@ -139,14 +145,15 @@ impl Election {
         }
     }
 
-    /// Until nobody leads, or nobody knows.
-    async fn vacant(&self, from: Revision) {
-        let Ok(mut changes) = self.store.watch(LEADER, from, self.call()).await else { return };
+    /// Until nobody leads, or nobody knows: then false.
+    async fn vacant(&self, from: Revision) -> bool {
+        let Ok(mut changes) = self.store.watch(LEADER, from, self.call()).await else { return false };
         while let Some(Ok(changes)) = changes.next().await {
             if changes.events.iter().any(|event| matches!(event, Event::Delete { key } if **key == *LEADER)) {
-                return;
+                return true;
             }
         }
+        false
     }
 
     fn term(&self, epoch: Epoch, lease: HeldLease) -> Term {
@@ -193,17 +200,9 @@ async fn guard(store: &Arc<dyn ClusterStore>, epoch: Epoch, timeout: Duration) {
         }
         tokio::time::sleep(backoff.pause()).await;
         // Of the time that a watch may have missed, the key itself tells.
-        match store.list(LEADER, 1, Deadline::after(timeout)).await {
-            Ok(mut listing) => match listing.pages.next().await.transpose() {
-                Ok(page) => {
-                    let ours = |entry: &Entry| *entry.key == *LEADER && entry.created.0 == epoch.0;
-                    if !page.unwrap_or_default().iter().any(ours) {
-                        return;
-                    }
-                    from = listing.revision.next();
-                }
-                Err(error) => tracing::debug!(%error, "the leader key can't be read"),
-            },
+        match store.get_at(LEADER, Deadline::after(timeout)).await {
+            Ok((now, Some(entry))) if entry.created.0 == epoch.0 => from = now.next(),
+            Ok(_) => return,
             Err(error) => tracing::debug!(%error, "the leader key can't be read"),
         }
     }

@@ -38,6 +38,8 @@ pub struct Faults {
 /// How many faults there were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FaultCounts {
+    /// Calls, faulty or not.
+    pub calls: u64,
     /// Calls that didn't reach the store.
     pub unavailable: u64,
     /// Answers to writes that were lost.
@@ -60,6 +62,7 @@ struct Shared {
     faults: Faults,
     rng: Mutex<StdRng>,
     active: AtomicBool,
+    calls: AtomicU64,
     unavailable: AtomicU64,
     answer_lost: AtomicU64,
     late: AtomicU64,
@@ -115,6 +118,7 @@ impl<S: ClusterStore + ?Sized> Faulty<S> {
             faults,
             rng: Mutex::new(StdRng::seed_from_u64(faults.seed)),
             active: AtomicBool::new(true),
+            calls: AtomicU64::new(0),
             unavailable: AtomicU64::new(0),
             answer_lost: AtomicU64::new(0),
             late: AtomicU64::new(0),
@@ -132,9 +136,10 @@ impl<S: ClusterStore + ?Sized> Faulty<S> {
     /// What went wrong so far.
     #[must_use]
     pub fn counts(&self) -> FaultCounts {
-        let Shared { unavailable, answer_lost, late, lease_expired, compacted, .. } = &*self.shared;
+        let Shared { calls, unavailable, answer_lost, late, lease_expired, compacted, .. } = &*self.shared;
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
         FaultCounts {
+            calls: count(calls),
             unavailable: count(unavailable),
             answer_lost: count(answer_lost),
             late: count(late),
@@ -144,6 +149,7 @@ impl<S: ClusterStore + ?Sized> Faulty<S> {
     }
 
     async fn reach(&self, deadline: Deadline) -> Result<(), Error> {
+        self.shared.calls.fetch_add(1, Ordering::Relaxed);
         let delay = self.shared.delay(1.0);
         if deadline.bound(tokio::time::sleep(delay)).await.is_none() {
             return Err(Error::unavailable("fault: late beyond the deadline"));

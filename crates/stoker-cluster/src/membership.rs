@@ -11,8 +11,8 @@ use stoker_types::NodeId;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    ClusterStore, Deadline, Error, Event, Expect, HeldLease, LeaseSettings, RecordError, Revision, Row,
-    Snapshot, Subscription, Table, TableSettings, Txn, Update, Versioned, Watch,
+    ClusterStore, ClusterStoreExt as _, Deadline, Error, Expect, HeldLease, LeaseSettings, RecordError,
+    Revision, Row, Snapshot, Subscription, Table, TableSettings, Txn, Update, Versioned, Watch,
     keys::{self, NODES},
     records::NodeRecord,
     retry::Backoff,
@@ -21,6 +21,9 @@ use crate::{
 
 /// Low bits of an incarnation that are random; the others are a revision's.
 const RANDOM_BITS: u32 = 20;
+
+/// How long after a watch has failed a member looks at its record.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
 /// The nodes of a cluster.
 #[derive(Debug, Clone)]
@@ -311,8 +314,8 @@ impl Keeper {
         let lost = lease.lost();
         tokio::pin!(lost);
         loop {
-            let modified = match self.write(lease).await {
-                Ok(Ok(modified)) => modified,
+            let (modified, now) = match self.write(lease).await {
+                Ok(Ok(written)) => written,
                 Ok(Err(end)) => return Ok(Some(end)),
                 Err(Error::LeaseGone { .. }) => return Ok(None),
                 Err(error) if transient(&error) || matches!(error, Error::Conflict { .. }) => {
@@ -326,24 +329,24 @@ impl Keeper {
             };
             backoff.reset();
             self.state.send_replace(MemberState::Joined(modified));
-            let watch = self.store.watch(&self.key, modified.next(), self.call()).await;
+            let watch = self.store.watch(&self.key, now.next(), self.call()).await;
             tokio::select! {
                 () = &mut lost => return Ok(None),
                 // The sender is the member itself: without it, this task is told to leave.
                 changed = self.record.changed() => if changed.is_err() { std::future::pending().await },
                 // Whatever it was, the next write looks.
-                () = touched(watch, &self.key, modified) => {}
+                () = touched(watch, &self.key) => {}
             }
         }
     }
 
-    /// Writes the record where it isn't as it should be. The revision of its last write.
-    async fn write(&mut self, lease: &HeldLease) -> Result<Result<Revision, End>, Error> {
+    /// Writes the record where it isn't as it should be. The revision of its last write, and the one that shows it.
+    async fn write(&mut self, lease: &HeldLease) -> Result<Result<(Revision, Revision), End>, Error> {
         let record = self.record.borrow_and_update().clone();
         let encode = |record: &Versioned<NodeRecord>| {
             record.encode().map_err(|error| Error::Invalid { reason: error.to_string() })
         };
-        let current = self.store.get(&self.key, self.call()).await?;
+        let (now, current) = self.store.get_at(&self.key, self.call()).await?;
         let (expect, value) = match current {
             None => (Expect::Absent, encode(&Versioned::new(record))?),
             Some(entry) => {
@@ -355,7 +358,7 @@ impl Keeper {
                         return Ok(Err(End::Displaced(incarnation)));
                     }
                     Some(_) if entry.lease == Some(lease.id()) && entry.value == value => {
-                        return Ok(Ok(entry.modified));
+                        return Ok(Ok((entry.modified, now)));
                     }
                     _ => {}
                 }
@@ -363,10 +366,8 @@ impl Keeper {
             }
         };
         let txn = Txn::new().expect(&self.key, expect).put_leased(&self.key, value, lease.id());
-        match self.store.commit(txn, self.call()).await {
-            Ok(committed) => Ok(Ok(committed.revision)),
-            Err(error) => Err(error),
-        }
+        let written = self.store.commit(txn, self.call()).await?.revision;
+        Ok(Ok((written, written)))
     }
 
     fn call(&self) -> Deadline {
@@ -374,15 +375,16 @@ impl Keeper {
     }
 }
 
-/// Until somebody has touched the key after `modified`, or nobody knows whether.
-async fn touched(watch: Result<Watch, Error>, key: &str, modified: Revision) {
-    let Ok(mut watch) = watch else { return tokio::time::sleep(Duration::from_millis(200)).await };
-    while let Some(Ok(changes)) = watch.next().await {
-        let ours = |event: &Event| **event.key() == *key;
-        if changes.revision > modified && changes.events.iter().any(ours) {
-            return;
+/// Until somebody has touched the key, or a moment after nobody knows any more whether.
+async fn touched(watch: Result<Watch, Error>, key: &str) {
+    if let Ok(mut watch) = watch {
+        while let Some(Ok(changes)) = watch.next().await {
+            if changes.events.iter().any(|event| **event.key() == *key) {
+                return;
+            }
         }
     }
+    tokio::time::sleep(LOOK_AGAIN).await;
 }
 
 fn transient(error: &Error) -> bool {

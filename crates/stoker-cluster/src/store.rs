@@ -239,6 +239,17 @@ pub trait ClusterStoreExt: ClusterStore {
         Ok(self.commit(Txn::new().delete(key), deadline).await?.deleted > 0)
     }
 
+    /// A key's entry and the revision that shows it, from the next of which a watch of the key goes on.
+    ///
+    /// # Errors
+    /// As [`ClusterStore::list`].
+    async fn get_at(&self, key: &str, deadline: Deadline) -> Result<(Revision, Option<Entry>), Error> {
+        // Of all keys that begin with it, the key itself is the first.
+        let mut listing = self.list(key, 1, deadline).await?;
+        let first = listing.pages.next().await.transpose()?.and_then(|page| page.into_iter().next());
+        Ok((listing.revision, first.filter(|entry| *entry.key == *key)))
+    }
+
     /// Everything under a prefix, and the revision that shows it.
     ///
     /// # Errors

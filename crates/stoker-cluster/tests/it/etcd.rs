@@ -28,10 +28,12 @@ fn text(text: &str) -> Bytes {
 
 /// Adds one to a counter so often, each exactly once whatever happens: an answer that was lost is looked for.
 async fn count(store: Etcd, name: &'static str, times: u32) {
+    let end = Deadline::after(Duration::from_secs(120));
     for i in 1..=times {
         let key = format!("count/{name}");
         let mine = format!("{i}");
         loop {
+            assert!(!end.passed(), "{key} at {i} after two minutes");
             let short = Deadline::after(Duration::from_secs(3));
             let entry = match store.get(&key, short).await {
                 Ok(entry) => entry,
@@ -347,10 +349,11 @@ async fn elections_outlive_a_leader_of_etcd() {
 
 /// Commits what does no harm twice, until somebody says what became of it.
 async fn settle(store: &Etcd, txn: Txn) -> Result<(), Error> {
+    let end = soon();
     loop {
         match store.commit(txn.clone(), soon()).await {
             Ok(_) => return Ok(()),
-            Err(error) if error.retry() == Retry::No => return Err(error),
+            Err(error) if error.retry() == Retry::No || end.passed() => return Err(error),
             Err(_) => {}
         }
     }

@@ -17,8 +17,9 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 /// One or more members, in a directory that goes with them.
 pub(crate) struct Cluster {
-    dir: tempfile::TempDir,
+    /// Before the directory, which can't go while they write to it.
     members: Vec<Member>,
+    dir: tempfile::TempDir,
     certificates: Option<Certificates>,
 }
 

@@ -18,6 +18,7 @@ on_both_stores!(
     a_leader_without_a_store_stops_before_the_next_begins,
     a_leader_that_was_deposed_knows,
     a_candidacy_that_is_dropped_elects_nobody,
+    waiting_needs_no_history_and_few_calls,
     a_lease_is_released_when_dropped,
     nodes_join_change_and_leave,
     a_node_that_restarts_takes_its_place,
@@ -161,6 +162,34 @@ async fn a_candidacy_that_is_dropped_elects_nobody(store: Store) {
     drop(third);
     // A dropped term is over for everybody.
     soon().bound(election.campaign(&controller("d"))).await.unwrap().unwrap();
+}
+
+/// A leader and a node whose keys are older than the history: who waits for a change asks once, not over and over.
+async fn waiting_needs_no_history_and_few_calls(store: Store) {
+    let (switch, counted) = with_switch(&store);
+    let election = Election::new(Arc::clone(&counted), LeaseSettings::new(Duration::from_secs(60)));
+    let term = election.campaign(&controller("a")).await.unwrap();
+    let membership = Membership::new(Arc::clone(&counted), LeaseSettings::new(Duration::from_secs(60)));
+    let node = NodeId::new("n").unwrap();
+    let member = membership.join(&node, node_record("n:1"), soon()).await.unwrap();
+    let mut last = store.put("x", Bytes::new(), soon()).await.unwrap();
+    for _ in 0..10 {
+        last = store.put("x", Bytes::new(), soon()).await.unwrap();
+    }
+    store.compact(last, soon()).await.unwrap();
+    // Its watch begins anew.
+    member.update(node_record("n:2"));
+    member.update(node_record("n:1"));
+    let next = tokio::spawn({
+        let election = election.clone();
+        async move { election.campaign(&controller("b")).await.unwrap() }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let calls = switch.counts().calls;
+    assert!(calls < 60, "{calls} calls");
+    assert!(term.is_current() && !next.is_finished());
+    term.resign(soon()).await.unwrap();
+    soon().bound(next).await.unwrap().unwrap();
 }
 
 async fn a_lease_is_released_when_dropped(store: Store) {
