@@ -7,7 +7,9 @@ use std::{
 
 use parking_lot::Mutex;
 use stoker_device::{Slab, SlabPart};
-use stoker_store::{DeviceTarget, FileRange, Keep, Layout, Priority, Store, StoreConfig};
+use stoker_store::{
+    ChunkRef, DeviceTarget, FileRange, Keep, Layout, Priority, Store, StoreConfig, StreamOptions,
+};
 use stoker_types::{ByteSize, ModelName};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -242,33 +244,25 @@ impl Shared {
             |tensors| thresholds(&files, tensors),
         )?;
         self.progress.send_modify(|progress| progress.total = files.bytes().bytes());
-        let loading = store.begin(&files, Priority::Demand)?;
-        let mut watermark = loading.watermark();
-        let mut slots: Vec<Vec<Option<u32>>> = checkpoint
-            .files
-            .iter()
-            .map(|file| vec![None; chunks_of(file.identity.len, chunk_bytes)])
-            .collect();
+        let options = StreamOptions { ring_chunks: settings::host_ring_chunks(), ..StreamOptions::default() };
+        let mut stream = store.stream(&files, options)?;
         let mut ready = 0;
-        for (position, at) in files.order().iter().enumerate() {
-            ready += (checkpoint.files[at.file as usize].identity.len - u64::from(at.index) * chunk_bytes)
-                .min(chunk_bytes);
-            tokio::select! {
+        loop {
+            let next = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Err(Error::Cancelled),
-                reached = watermark.wait_for(ByteSize(ready)) => reached?,
-            }
-            // What is ready stays, as the loading holds it.
-            let slot = loading.slot(position).ok_or(Error::Cancelled)?;
-            arriving[at.file as usize].place(&fd, at.index, slot)?;
-            slots[at.file as usize][at.index as usize] = Some(slot);
+                next = stream.next() => next?,
+            };
+            let Some(chunk) = next else { break };
+            let (ChunkRef { file, index }, len) = (chunk.at(), chunk.len() as u64);
+            // The pool has room for all of them.
+            arriving[file as usize].place_own(&fd, index, chunk.keep())?;
+            ready += len;
             self.arrived(ready);
         }
-        let resident = loading.wait(&self.cancel).await?;
+        // The store ends its threads; the memory stays with the tensors.
         blocking(move || {
-            // The store lets go of the chunks, and ends its threads; the memory stays with the tensors.
-            drop((resident, store));
-            arriving.iter().zip(&slots).for_each(|(file, slots)| file.give_back(slots));
+            drop((stream, store));
             Ok(())
         })
         .await
@@ -352,10 +346,6 @@ impl Tensors {
         };
         Some(Ready { name: tensor.name.clone(), shape, element, memory: Arc::new(memory) })
     }
-}
-
-fn chunks_of(len: u64, chunk_bytes: u64) -> usize {
-    usize::try_from(len.div_ceil(chunk_bytes)).unwrap_or(0)
 }
 
 /// Loads of this package share nothing by name.

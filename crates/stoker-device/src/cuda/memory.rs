@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::{
+    collections::BTreeSet,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     sync::{Arc, atomic::Ordering},
 };
@@ -14,7 +15,7 @@ use cudarc::driver::sys::{
 };
 
 use super::context::Context;
-use crate::error::DeviceError;
+use crate::{error::DeviceError, slab::Granules};
 
 const HANDLE_TYPE: CUmemAllocationHandleType =
     CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
@@ -23,8 +24,8 @@ const HANDLE_TYPE: CUmemAllocationHandleType =
 pub(crate) struct Mapping {
     addresses: Arc<Addresses>,
     granule: u64,
-    /// Those that are mapped, in order.
-    granules: Vec<Arc<Granule>>,
+    /// Those that are mapped, in order; or some of them ([`Mapping::only`]).
+    granules: Granules<Granule>,
 }
 
 /// A reserved range of addresses.
@@ -146,7 +147,7 @@ impl Mapping {
     }
 
     /// The granules, in order: all are whole but the last.
-    pub(crate) fn granules(&self) -> &[Arc<Granule>] {
+    pub(crate) fn granules(&self) -> &Granules<Granule> {
         &self.granules
     }
 
@@ -154,7 +155,7 @@ impl Mapping {
     pub(crate) fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
         let context = &self.addresses.context;
         context.bind()?;
-        let export_one = |granule: &Arc<Granule>| {
+        let export_one = |granule: &Granule| {
             let handle = granule.handle;
             let mut fd: RawFd = -1;
             // SAFETY: the handle lives; the driver writes one descriptor, which is the caller's from then on.
@@ -167,6 +168,12 @@ impl Mapping {
         self.granules.iter().map(export_one).collect()
     }
 
+    /// The same, keeping only the granules with these numbers. It is not to grow.
+    pub(crate) fn only(&self, numbers: &BTreeSet<usize>) -> Self {
+        let Self { addresses, granule, granules } = self;
+        Self { addresses: Arc::clone(addresses), granule: *granule, granules: granules.only(numbers) }
+    }
+
     fn reserve(context: &Arc<Context>, bytes: u64, granule: u64) -> Result<Self, DeviceError> {
         context.bind()?;
         let mut first = 0;
@@ -174,7 +181,7 @@ impl Mapping {
         let reserved = unsafe { sys::cuMemAddressReserve(&raw mut first, to_usize(bytes), 0, 0, 0) };
         context.check("cuMemAddressReserve", reserved)?;
         let addresses = Arc::new(Addresses { context: Arc::clone(context), first, bytes });
-        Ok(Self { addresses, granule, granules: Vec::new() })
+        Ok(Self { addresses, granule, granules: Granules::all([]) })
     }
 
     /// Puts the next granule in its place. It is this value's to release from here on, whatever happens.
@@ -188,7 +195,7 @@ impl Mapping {
             return Err(error);
         }
         context.slabs.fetch_add(bytes, Ordering::Relaxed);
-        self.granules.push(Arc::new(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle }));
+        self.granules.push(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle });
         Ok(())
     }
 
