@@ -132,7 +132,8 @@ async fn serve(stream: UnixStream, node: &Node) -> Result<(), ClientError> {
         return Err(ClientError::Stranger { uid });
     }
     stream.writable().await?;
-    share::send_pool(&stream, rustix::fd::AsFd::as_fd(&node.pool()?))?;
+    let pool = node.lend_pool()?;
+    share::send_pool(&stream, pool.fd())?;
     let (read, write) = stream.into_split();
     let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
     let asked = timeout(ASK_TIME_MAX, reader.next::<Hold>()).await.map_err(|_| ClientError::Silent)??;
@@ -142,6 +143,11 @@ async fn serve(stream: UnixStream, node: &Node) -> Result<(), ClientError> {
         // A program that is killed while it waits wants nothing any more.
         ended = gone(&mut reader) => return ended,
     };
+    if let Ok(Shared { resident, .. }) = &held {
+        // Whatever becomes of this process, the next one doesn't use these for anything else while the program has them.
+        let slots: Vec<u32> = resident.files().iter().flat_map(|file| file.slots.iter().copied()).collect();
+        pool.hold(slots)?;
+    }
     let kind = match &held {
         Ok(Shared { manifest_json, chunk_bytes, resident }) => {
             let slots =

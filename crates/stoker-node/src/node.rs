@@ -9,6 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use stoker_checkpoint::{Manifest, Trust};
+use stoker_io::LentPool;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{
     CheckpointFiles, Delivered, Evicted, Layout, LoadError, LoadReport, Priority, Resident, Store, Watermark,
@@ -322,9 +323,9 @@ impl Node {
         Ok(Shared { manifest_json, chunk_bytes: self.inner.store.chunk_bytes(), resident })
     }
 
-    /// A read-only descriptor of the pool.
-    pub(crate) fn pool(&self) -> std::io::Result<std::os::fd::OwnedFd> {
-        self.inner.store.pool_fd()
+    /// A read-only descriptor of the pool for a program, which may outlive this process.
+    pub(crate) fn lend_pool(&self) -> std::io::Result<LentPool> {
+        self.inner.store.lend_pool()
     }
 
     /// Drops what of a model is in memory or on a device and not in use, and gives the memory back to the operating system.
