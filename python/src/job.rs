@@ -1,6 +1,7 @@
 //! One load: a task that brings bytes to where they are wanted, and tells how far it is.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -42,6 +43,8 @@ pub(crate) enum From {
     Node {
         socket: PathBuf,
         model: String,
+        /// Its copy on the device itself, not one of it. (In host memory it is shared in any case.)
+        shared: bool,
     },
 }
 
@@ -75,6 +78,7 @@ struct Tensors {
 enum Parts {
     Device { parts: Vec<Option<SlabPart>>, kind: crate::dlpack::DeviceKind },
     Host(Vec<Option<HostPart>>),
+    Copy { copy: Arc<node::Copy>, parts: Vec<Option<u64>>, device: u32, kind: crate::dlpack::DeviceKind },
 }
 
 /// A tensor that is there.
@@ -142,7 +146,15 @@ impl Shared {
                 (blocking(move || Checkpoint::open_shard(&paths, names.as_deref(), shard)).await?, None)
             }
             From::Files(paths) => (blocking(move || Checkpoint::open(&paths)).await?, None),
-            From::Node { socket, model } => {
+            From::Node { socket, model, shared: true } if place != Place::Host => {
+                if shard.is_some() {
+                    let words =
+                        "shared=True shares a node's copy of the whole model: there is no shard= of it";
+                    return Err(Error::NotSupported(words.to_owned()));
+                }
+                return self.node_copy(engine, place, &socket, &model, names.as_deref()).await;
+            }
+            From::Node { socket, model, shared: _ } => {
                 let report = |arrived, total| {
                     self.progress
                         .send_modify(|progress| (progress.arrived, progress.total) = (arrived, total));
@@ -318,6 +330,37 @@ impl Shared {
         hold.check()
     }
 
+    /// The node's copy on the device, as it is.
+    async fn node_copy(
+        &self,
+        engine: &Arc<Engine>,
+        place: Place,
+        socket: &Path,
+        model: &str,
+        names: Option<&[String]>,
+    ) -> Result<(), Error> {
+        let opening = Arc::clone(engine);
+        let target = blocking(move || opening.target(place)).await?;
+        let Some(target) = target else { return Err(Error::Internal("no device".to_owned())) };
+        let (manifest, copy) = node::copy(socket, model, &target.device, &self.cancel).await?;
+        let mut checkpoint = Checkpoint::of_manifest(Path::new("/"), &manifest);
+        let places: HashMap<String, u64> =
+            checkpoint.tensors.iter().map(|tensor| tensor.name.clone()).zip(copy.tensors.clone()).collect();
+        if let Some(names) = names {
+            checkpoint.keep(names)?;
+        }
+        let parts = checkpoint.tensors.iter().map(|tensor| places.get(&tensor.name).copied()).collect();
+        let bytes = checkpoint.tensors.iter().map(Tensor::bytes).sum();
+        let (copy, device, kind) = (Arc::new(copy), target.device.info().ordinal, target.kind);
+        *self.tensors.lock() = Some(Tensors {
+            thresholds: vec![0; checkpoint.tensors.len()],
+            all: checkpoint.tensors,
+            parts: Parts::Copy { copy, parts, device, kind },
+        });
+        self.progress.send_modify(|progress| (progress.arrived, progress.total) = (bytes, bytes));
+        Ok(())
+    }
+
     /// Through the ring, as files go.
     async fn node_to_device(
         &self,
@@ -342,6 +385,9 @@ impl Tensors {
         let (element, shape) = Element::of(tensor.dtype, &tensor.shape);
         let memory = match &mut self.parts {
             Parts::Device { parts, kind } => Memory::on_device(parts[i].take()?, *kind),
+            Parts::Copy { copy, parts, device, kind } => {
+                Memory::of_copy(copy, parts[i].take()?, *device, *kind)
+            }
             Parts::Host(parts) => parts[i].take()?.memory(element.bytes().min(8)),
         };
         Some(Ready { name: tensor.name.clone(), shape, element, memory: Arc::new(memory) })

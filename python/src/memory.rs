@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use stoker_device::SlabPart;
 use stoker_io::{Chunk, ChunkPool, MapError, OwnFile};
 
-use crate::dlpack::DeviceKind;
+use crate::{dlpack::DeviceKind, node::Copy};
 
 /// How often this process has been forked.
 static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -25,6 +25,8 @@ pub(crate) struct Memory {
     pub(crate) address: u64,
     pub(crate) device: DeviceKind,
     pub(crate) ordinal: i32,
+    /// A write to it fails.
+    pub(crate) read_only: bool,
     process: rustix::process::Pid,
     keep: ManuallyDrop<Box<dyn Any + Send + Sync>>,
 }
@@ -71,7 +73,23 @@ impl Memory {
 
     fn new(address: u64, device: DeviceKind, ordinal: i32, keep: Box<dyn Any + Send + Sync>) -> Self {
         let process = rustix::process::getpid();
-        Self { address, device, ordinal, process, keep: ManuallyDrop::new(keep) }
+        Self { address, device, ordinal, read_only: false, process, keep: ManuallyDrop::new(keep) }
+    }
+
+    fn with(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// A part of a node's copy on a device.
+    pub(crate) fn of_copy(copy: &Arc<Copy>, at: u64, device: u32, kind: DeviceKind) -> Self {
+        let ordinal = match kind {
+            DeviceKind::Cpu => 0,
+            DeviceKind::Cuda => i32::try_from(device).unwrap_or(0),
+        };
+        let read_only = copy.window.is_read_only();
+        let new = Self::new(copy.window.address() + at, kind, ordinal, Box::new(Arc::clone(copy)));
+        new.with(read_only)
     }
 }
 

@@ -26,7 +26,7 @@ use stoker_io::Pinner;
 use stoker_types::{ByteSize, BytesPerSec, ChunkSum};
 
 use crate::{
-    device::{Device, Transfer},
+    device::{Device, Transfer, Window},
     error::DeviceError,
     info::{DeviceInfo, DeviceMemory},
     queue::Queue,
@@ -261,6 +261,21 @@ impl Device for SimulatedDevice {
             Ok(ChunkSum::of(&bytes))
         };
         ranges.iter().map(sum).collect()
+    }
+
+    fn maps_read_only(&self) -> Result<bool, DeviceError> {
+        Ok(true)
+    }
+
+    fn window(
+        &self,
+        granules: &[OwnedFd],
+        bytes: ByteSize,
+        granule: ByteSize,
+    ) -> Result<Window, DeviceError> {
+        let window = SimulatedWindow::import(granules, bytes, granule)?;
+        let address = window.space.base.as_ptr().expose_provenance() as u64;
+        Ok(Window::new(address, bytes, true, window))
     }
 
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {

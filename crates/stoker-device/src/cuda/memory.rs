@@ -28,6 +28,15 @@ pub(crate) struct Mapping {
     granules: Granules<Granule>,
 }
 
+/// Who may do what with memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Access<'a> {
+    /// This device may read it.
+    Read,
+    /// This device and its peers may read and write it.
+    Write(&'a [Arc<Context>]),
+}
+
 /// A reserved range of addresses.
 struct Addresses {
     context: Arc<Context>,
@@ -67,7 +76,7 @@ impl Mapping {
             };
             mapping.map(handle, len)?;
         }
-        mapping.allow(0, peers)?;
+        mapping.allow(0, Access::Write(peers))?;
         Ok(mapping)
     }
 
@@ -95,7 +104,7 @@ impl Mapping {
             let handle =
                 create(&context, len, &prop)?.ok_or_else(|| context.out_of_memory(bytes - before))?;
             self.map(handle, len)?;
-            self.allow(before, &[])?;
+            self.allow(before, Access::Write(&[]))?;
         }
         Ok(())
     }
@@ -106,7 +115,7 @@ impl Mapping {
         granules: &[OwnedFd],
         bytes: u64,
         granule: u64,
-        peers: &[Arc<Context>],
+        access: Access<'_>,
     ) -> Result<Self, DeviceError> {
         let prop = properties(context);
         let step = granularity(context, &prop)?;
@@ -130,8 +139,25 @@ impl Mapping {
             context.check("cuMemImportFromShareableHandle", imported)?;
             mapping.map(handle, len)?;
         }
-        mapping.allow(0, peers)?;
+        mapping.allow(0, access)?;
         Ok(mapping)
+    }
+
+    /// Whether the driver maps a device's memory without write access: it is asked with a granule of its smallest size.
+    pub(crate) fn can_be_read_only(context: &Arc<Context>) -> Result<bool, DeviceError> {
+        let prop = properties(context);
+        let step = granularity(context, &prop)?;
+        let mut mapping = Self::reserve(context, step, step)?;
+        let handle = create(context, step, &prop)?.ok_or_else(|| context.out_of_memory(step))?;
+        mapping.map(handle, step)?;
+        match mapping.allow(0, Access::Read) {
+            Ok(()) => Ok(true),
+            Err(lost @ DeviceError::Lost { .. }) => Err(lost),
+            Err(refused) => {
+                tracing::debug!(%refused, "device memory can't be mapped without write access");
+                Ok(false)
+            }
+        }
     }
 
     pub(crate) fn address(&self) -> CUdeviceptr {
@@ -199,14 +225,15 @@ impl Mapping {
         Ok(())
     }
 
-    /// Gives this device, and `peers`, access to what is mapped from byte `from` on.
-    fn allow(&self, from: u64, peers: &[Arc<Context>]) -> Result<(), DeviceError> {
+    /// Gives access to what is mapped from byte `from` on.
+    fn allow(&self, from: u64, access: Access<'_>) -> Result<(), DeviceError> {
         let Addresses { context, first, .. } = &*self.addresses;
         let (at, bytes) = (first + from, self.mapped() - from);
-        let allow = |context: &Arc<Context>| CUmemAccessDesc {
-            location: location(context),
-            flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        let (flags, peers) = match access {
+            Access::Read => (CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READ, &[][..]),
+            Access::Write(peers) => (CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE, peers),
         };
+        let allow = |context: &Arc<Context>| CUmemAccessDesc { location: location(context), flags };
         let who: Vec<_> = std::iter::once(context).chain(peers).map(allow).collect();
         // SAFETY: the range is mapped; the list is as long as it says.
         let allowed = unsafe { sys::cuMemSetAccess(at, to_usize(bytes), who.as_ptr(), who.len()) };
