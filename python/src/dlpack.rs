@@ -17,6 +17,9 @@ use crate::{element::Element, memory::Memory};
 const LEGACY: &CStr = c"dltensor";
 const VERSIONED: &CStr = c"dltensor_versioned";
 
+/// `DLPACK_FLAG_BITMASK_READ_ONLY`. Consumers of the older kind can't be told.
+const READ_ONLY: u64 = 1;
+
 /// `DLDeviceType`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
@@ -95,7 +98,7 @@ impl View<'_> {
                 minor: 1,
                 context: std::ptr::null_mut(),
                 deleter: Some(delete::<Versioned>),
-                flags: 0,
+                flags: if self.memory.read_only { READ_ONLY } else { 0 },
                 tensor,
             });
             new_capsule(py, exported, VERSIONED, destroy::<Versioned>)

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, getpid};
 use stoker_device::{CudaDevice, CudaOptions, Device, SimulatedDevice, SimulatedOptions};
 use stoker_store::{Store, StoreConfig};
-use stoker_types::ByteSize;
+use stoker_types::{ByteSize, BytesPerSec};
 use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{dlpack::DeviceKind, error::Error, node::Opener, settings};
@@ -29,8 +29,9 @@ static GPU_OPENED_BY: AtomicU32 = AtomicU32::new(0);
 pub(crate) enum Place {
     Host,
     Cuda(u32),
-    /// Host memory that stands for a device's: for tests of everything that isn't the driver.
-    Simulated(u32),
+    /// Host memory that stands for a device's: for tests of everything that isn't the driver. Its link takes as long as one
+    /// of so many MB/s, if that is given.
+    Simulated(u32, Option<u32>),
 }
 
 pub(crate) struct Engine {
@@ -51,13 +52,17 @@ pub(crate) struct Target {
 // === impl Place ===
 
 impl Place {
-    /// `cpu`, `cuda`, `cuda:1`.
+    /// `cpu`, `cuda`, `cuda:1`; `simulated:1`, `simulated:1:50`.
     pub(crate) fn parse(name: &str) -> Result<Self, Error> {
-        let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
-        match (kind, ordinal.parse()) {
-            ("cpu", Ok(0)) => Ok(Self::Host),
-            ("cuda", Ok(ordinal)) => Ok(Self::Cuda(ordinal)),
-            ("simulated", Ok(ordinal)) => Ok(Self::Simulated(ordinal)),
+        let (kind, which) = name.split_once(':').unwrap_or((name, "0"));
+        let (ordinal, rate) = match which.split_once(':') {
+            Some((ordinal, rate)) => (ordinal, rate.parse().map(Some)),
+            None => (which, Ok(None)),
+        };
+        match (kind, ordinal.parse(), rate) {
+            ("cpu", Ok(0), Ok(None)) => Ok(Self::Host),
+            ("cuda", Ok(ordinal), Ok(None)) => Ok(Self::Cuda(ordinal)),
+            ("simulated", Ok(ordinal), Ok(rate)) => Ok(Self::Simulated(ordinal, rate)),
             _ => Err(Error::NotSupported(format!(
                 "no device `{name}`: it must be \"cpu\" or \"cuda:N\"; give the tensors to other devices from there"
             ))),
@@ -118,8 +123,15 @@ impl Engine {
                 GPU_OPENED_BY.store(here, Ordering::Relaxed);
                 (Arc::new(CudaDevice::open(ordinal, &CudaOptions::default())?), DeviceKind::Cuda)
             }
-            Place::Simulated(ordinal) => {
-                let options = SimulatedOptions { ordinal, exportable: false, ..SimulatedOptions::default() };
+            Place::Simulated(ordinal, rate) => {
+                let (real_time, rate) = (rate.is_some(), rate.map(|mb| BytesPerSec(f64::from(mb) * 1e6)));
+                let options = SimulatedOptions {
+                    ordinal,
+                    rate,
+                    real_time,
+                    exportable: false,
+                    ..SimulatedOptions::default()
+                };
                 (Arc::new(SimulatedDevice::new(&options)?), DeviceKind::Cpu)
             }
             Place::Host => return Ok(None),

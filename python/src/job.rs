@@ -1,13 +1,16 @@
 //! One load: a task that brings bytes to where they are wanted, and tells how far it is.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use parking_lot::Mutex;
 use stoker_device::{Slab, SlabPart};
-use stoker_store::{DeviceTarget, FileRange, Keep, Layout, Priority, Store, StoreConfig};
+use stoker_store::{
+    ChunkRef, DeviceTarget, FileRange, Keep, Layout, Priority, Store, StoreConfig, StreamOptions,
+};
 use stoker_types::{ByteSize, ModelName};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +43,8 @@ pub(crate) enum From {
     Node {
         socket: PathBuf,
         model: String,
+        /// Its copy on the device itself, not one of it. (In host memory it is shared in any case.)
+        shared: bool,
     },
 }
 
@@ -73,6 +78,7 @@ struct Tensors {
 enum Parts {
     Device { parts: Vec<Option<SlabPart>>, kind: crate::dlpack::DeviceKind },
     Host(Vec<Option<HostPart>>),
+    Copy { copy: Arc<node::Copy>, parts: Vec<Option<u64>>, device: u32, kind: crate::dlpack::DeviceKind },
 }
 
 /// A tensor that is there.
@@ -140,7 +146,15 @@ impl Shared {
                 (blocking(move || Checkpoint::open_shard(&paths, names.as_deref(), shard)).await?, None)
             }
             From::Files(paths) => (blocking(move || Checkpoint::open(&paths)).await?, None),
-            From::Node { socket, model } => {
+            From::Node { socket, model, shared: true } if place != Place::Host => {
+                if shard.is_some() {
+                    let words =
+                        "shared=True shares a node's copy of the whole model: there is no shard= of it";
+                    return Err(Error::NotSupported(words.to_owned()));
+                }
+                return self.node_copy(engine, place, &socket, &model, names.as_deref()).await;
+            }
+            From::Node { socket, model, shared: _ } => {
                 let report = |arrived, total| {
                     self.progress
                         .send_modify(|progress| (progress.arrived, progress.total) = (arrived, total));
@@ -242,33 +256,25 @@ impl Shared {
             |tensors| thresholds(&files, tensors),
         )?;
         self.progress.send_modify(|progress| progress.total = files.bytes().bytes());
-        let loading = store.begin(&files, Priority::Demand)?;
-        let mut watermark = loading.watermark();
-        let mut slots: Vec<Vec<Option<u32>>> = checkpoint
-            .files
-            .iter()
-            .map(|file| vec![None; chunks_of(file.identity.len, chunk_bytes)])
-            .collect();
+        let options = StreamOptions { ring_chunks: settings::host_ring_chunks(), ..StreamOptions::default() };
+        let mut stream = store.stream(&files, options)?;
         let mut ready = 0;
-        for (position, at) in files.order().iter().enumerate() {
-            ready += (checkpoint.files[at.file as usize].identity.len - u64::from(at.index) * chunk_bytes)
-                .min(chunk_bytes);
-            tokio::select! {
+        loop {
+            let next = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Err(Error::Cancelled),
-                reached = watermark.wait_for(ByteSize(ready)) => reached?,
-            }
-            // What is ready stays, as the loading holds it.
-            let slot = loading.slot(position).ok_or(Error::Cancelled)?;
-            arriving[at.file as usize].place(&fd, at.index, slot)?;
-            slots[at.file as usize][at.index as usize] = Some(slot);
+                next = stream.next() => next?,
+            };
+            let Some(chunk) = next else { break };
+            let (ChunkRef { file, index }, len) = (chunk.at(), chunk.len() as u64);
+            // The pool has room for all of them.
+            arriving[file as usize].place_own(&fd, index, chunk.keep())?;
+            ready += len;
             self.arrived(ready);
         }
-        let resident = loading.wait(&self.cancel).await?;
+        // The store ends its threads; the memory stays with the tensors.
         blocking(move || {
-            // The store lets go of the chunks, and ends its threads; the memory stays with the tensors.
-            drop((resident, store));
-            arriving.iter().zip(&slots).for_each(|(file, slots)| file.give_back(slots));
+            drop((stream, store));
             Ok(())
         })
         .await
@@ -324,6 +330,37 @@ impl Shared {
         hold.check()
     }
 
+    /// The node's copy on the device, as it is.
+    async fn node_copy(
+        &self,
+        engine: &Arc<Engine>,
+        place: Place,
+        socket: &Path,
+        model: &str,
+        names: Option<&[String]>,
+    ) -> Result<(), Error> {
+        let opening = Arc::clone(engine);
+        let target = blocking(move || opening.target(place)).await?;
+        let Some(target) = target else { return Err(Error::Internal("no device".to_owned())) };
+        let (manifest, copy) = node::copy(socket, model, &target.device, &self.cancel).await?;
+        let mut checkpoint = Checkpoint::of_manifest(Path::new("/"), &manifest);
+        let places: HashMap<String, u64> =
+            checkpoint.tensors.iter().map(|tensor| tensor.name.clone()).zip(copy.tensors.clone()).collect();
+        if let Some(names) = names {
+            checkpoint.keep(names)?;
+        }
+        let parts = checkpoint.tensors.iter().map(|tensor| places.get(&tensor.name).copied()).collect();
+        let bytes = checkpoint.tensors.iter().map(Tensor::bytes).sum();
+        let (copy, device, kind) = (Arc::new(copy), target.device.info().ordinal, target.kind);
+        *self.tensors.lock() = Some(Tensors {
+            thresholds: vec![0; checkpoint.tensors.len()],
+            all: checkpoint.tensors,
+            parts: Parts::Copy { copy, parts, device, kind },
+        });
+        self.progress.send_modify(|progress| (progress.arrived, progress.total) = (bytes, bytes));
+        Ok(())
+    }
+
     /// Through the ring, as files go.
     async fn node_to_device(
         &self,
@@ -348,14 +385,13 @@ impl Tensors {
         let (element, shape) = Element::of(tensor.dtype, &tensor.shape);
         let memory = match &mut self.parts {
             Parts::Device { parts, kind } => Memory::on_device(parts[i].take()?, *kind),
+            Parts::Copy { copy, parts, device, kind } => {
+                Memory::of_copy(copy, parts[i].take()?, *device, *kind)
+            }
             Parts::Host(parts) => parts[i].take()?.memory(element.bytes().min(8)),
         };
         Some(Ready { name: tensor.name.clone(), shape, element, memory: Arc::new(memory) })
     }
-}
-
-fn chunks_of(len: u64, chunk_bytes: u64) -> usize {
-    usize::try_from(len.div_ceil(chunk_bytes)).unwrap_or(0)
 }
 
 /// Loads of this package share nothing by name.

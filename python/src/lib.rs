@@ -86,8 +86,9 @@ fn close_devices(py: Python<'_>) -> PyResult<()> {
 #[pymethods]
 impl Load {
     /// Begins: of files, or of a node's model.
+    #[expect(clippy::too_many_arguments, reason = "named in Python")]
     #[new]
-    #[pyo3(signature = (paths, device, names=None, socket=None, model=None, shard=None))]
+    #[pyo3(signature = (paths, device, names=None, socket=None, model=None, shard=None, shared=false))]
     fn new(
         py: Python<'_>,
         paths: Vec<PathBuf>,
@@ -96,10 +97,11 @@ impl Load {
         socket: Option<PathBuf>,
         model: Option<String>,
         shard: Option<(u32, u32)>,
+        shared: bool,
     ) -> PyResult<Self> {
         let place = Place::parse(device).map_err(|error| error.into_py(py))?;
         let from = match (socket, model) {
-            (Some(socket), Some(model)) => From::Node { socket, model },
+            (Some(socket), Some(model)) => From::Node { socket, model, shared },
             _ => From::Files(paths),
         };
         let engine = Engine::get().map_err(|error| error.into_py(py))?;
@@ -225,6 +227,12 @@ impl Tensor {
     #[getter]
     fn nbytes(&self) -> u64 {
         self.shape.iter().fold(self.element.bytes(), |n, dim| n.saturating_mul(dim.unsigned_abs()))
+    }
+
+    /// Whether a write to it fails: the memory is shared.
+    #[getter]
+    fn read_only(&self) -> bool {
+        self.memory.read_only
     }
 
     /// Address of its first byte, on its device.

@@ -3,6 +3,7 @@
 use std::{
     any::Any,
     mem::ManuallyDrop,
+    os::fd::AsFd,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicU64, Ordering},
@@ -11,9 +12,9 @@ use std::{
 
 use parking_lot::Mutex;
 use stoker_device::SlabPart;
-use stoker_io::{ChunkPool, MapError, OwnFile};
+use stoker_io::{Chunk, ChunkPool, MapError, OwnFile};
 
-use crate::dlpack::DeviceKind;
+use crate::{dlpack::DeviceKind, node::Copy};
 
 /// How often this process has been forked.
 static FORKS: AtomicU64 = AtomicU64::new(0);
@@ -24,6 +25,8 @@ pub(crate) struct Memory {
     pub(crate) address: u64,
     pub(crate) device: DeviceKind,
     pub(crate) ordinal: i32,
+    /// A write to it fails.
+    pub(crate) read_only: bool,
     process: rustix::process::Pid,
     keep: ManuallyDrop<Box<dyn Any + Send + Sync>>,
 }
@@ -36,6 +39,8 @@ pub(crate) struct HostFile {
     pool: Option<ChunkPool>,
     /// [`FORKS`] when it was made. A child shares the pool's pages, so none is given back after a fork.
     forks: u64,
+    /// Chunks that a child may still read.
+    kept: Mutex<Vec<Chunk>>,
     /// What keeps somebody else's slots as they are.
     _hold: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -44,7 +49,8 @@ pub(crate) struct HostFile {
 struct HostChunk {
     file: Arc<HostFile>,
     index: u32,
-    slot: OnceLock<u32>,
+    /// Set when it is there: its slot, if that is this process's.
+    placed: OnceLock<Option<Chunk>>,
 }
 
 /// A weight file as its chunks arrive.
@@ -67,7 +73,23 @@ impl Memory {
 
     fn new(address: u64, device: DeviceKind, ordinal: i32, keep: Box<dyn Any + Send + Sync>) -> Self {
         let process = rustix::process::getpid();
-        Self { address, device, ordinal, process, keep: ManuallyDrop::new(keep) }
+        Self { address, device, ordinal, read_only: false, process, keep: ManuallyDrop::new(keep) }
+    }
+
+    fn with(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// A part of a node's copy on a device.
+    pub(crate) fn of_copy(copy: &Arc<Copy>, at: u64, device: u32, kind: DeviceKind) -> Self {
+        let ordinal = match kind {
+            DeviceKind::Cpu => 0,
+            DeviceKind::Cuda => i32::try_from(device).unwrap_or(0),
+        };
+        let read_only = copy.window.is_read_only();
+        let new = Self::new(copy.window.address() + at, kind, ordinal, Box::new(Arc::clone(copy)));
+        new.with(read_only)
     }
 }
 
@@ -103,11 +125,12 @@ impl Arriving {
             file: Mutex::new(own),
             pool,
             forks: FORKS.load(Ordering::Relaxed),
+            kept: Mutex::default(),
             _hold: hold,
         });
         // `reserve` has bounded their number.
         let count = u32::try_from(len.div_ceil(chunk_bytes)).unwrap_or(0);
-        let new = |index| Arc::new(HostChunk { file: Arc::clone(&file), index, slot: OnceLock::new() });
+        let new = |index| Arc::new(HostChunk { file: Arc::clone(&file), index, placed: OnceLock::new() });
         let chunks: Vec<Arc<HostChunk>> = (0..count).map(new).collect();
         let index = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(chunks.len());
         let parts = tensors.into_iter().map(|(at, len)| {
@@ -123,44 +146,52 @@ impl Arriving {
         Ok((Self { file, chunks }, parts))
     }
 
-    /// A chunk is there.
-    pub(crate) fn place(&self, fd: impl std::os::fd::AsFd, index: u32, slot: u32) -> Result<(), MapError> {
+    /// A chunk of somebody else's pool is there, who keeps it.
+    pub(crate) fn place(&self, fd: impl AsFd, index: u32, slot: u32) -> Result<(), MapError> {
         self.file.file.lock().place(fd, index, slot)?;
-        if let Some(chunk) = self.chunks.get(index as usize).and_then(Weak::upgrade) {
+        if let Some(placed) = self.chunks.get(index as usize).and_then(Weak::upgrade) {
             // Placed once, so set once.
-            let _ = chunk.slot.set(slot);
+            let _ = placed.placed.set(None);
         }
         Ok(())
     }
 
-    /// Gives back the memory of chunks in which no tensor lies any more. For when the store has let go of them.
-    pub(crate) fn give_back(&self, slots: &[Option<u32>]) {
-        for (chunk, slot) in self.chunks.iter().zip(slots) {
-            if let (None, Some(slot)) = (chunk.upgrade(), slot) {
-                self.file.release(*slot);
-            }
-        }
+    /// A chunk of this process's pool is there. Its memory goes with the last part that lies in it, at once if there is none.
+    pub(crate) fn place_own(&self, fd: impl AsFd, index: u32, chunk: Chunk) -> Result<(), MapError> {
+        let Some(placed) = self.chunks.get(index as usize).and_then(Weak::upgrade) else {
+            self.file.release(chunk);
+            return Ok(());
+        };
+        self.file.file.lock().place(fd, index, chunk.slot())?;
+        // Placed once, so set once.
+        let _ = placed.placed.set(Some(chunk));
+        Ok(())
     }
 }
 
 // === impl HostFile ===
 
 impl HostFile {
-    fn release(&self, slot: u32) {
-        if let Some(pool) = &self.pool
-            && self.forks == FORKS.load(Ordering::Relaxed)
-        {
-            // What the system doesn't take back now goes with the file.
-            let _ = pool.release(slot);
+    fn release(&self, chunk: Chunk) {
+        let Some(pool) = &self.pool else { return };
+        if self.forks != FORKS.load(Ordering::Relaxed) {
+            self.kept.lock().push(chunk);
+            return;
         }
+        let slot = chunk.slot();
+        drop(chunk);
+        // What the system doesn't take back now goes with the file.
+        let _ = pool.release(slot);
     }
 }
 
 impl Drop for HostChunk {
     fn drop(&mut self) {
-        if let Some(slot) = self.slot.get() {
+        if let Some(placed) = self.placed.take() {
             self.file.file.lock().forget(self.index);
-            self.file.release(*slot);
+            if let Some(chunk) = placed {
+                self.file.release(chunk);
+            }
         }
     }
 }

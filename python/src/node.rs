@@ -14,16 +14,17 @@ use std::{
 
 use parking_lot::Mutex;
 use stoker_checkpoint::{FileIdentity, Manifest};
+use stoker_device::{Device, Window};
 use stoker_io::{
     Choice, Completion, FileStamp, Filled, LocalFiles, MappedFile, Open, ReadDone, ReadError, ReadMode,
     ReadOp, Reader, ReaderKind, Reason,
 };
 use stoker_proto::{
-    FrameReader, FrameWriter, PROTOCOL_VERSION,
+    DescriptorReader, FrameReader, FrameWriter, PROTOCOL_VERSION,
     share::{self, FileSlots, Held, Progress, Refusal, Refused, ToClient, to_client},
 };
 use stoker_store::SourceFile;
-use stoker_types::{Summing, clock};
+use stoker_types::{ByteSize, Summing, clock};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +37,23 @@ pub(crate) struct Hold {
     pub(crate) files: Vec<FileSlots>,
     /// Its end is the hold's.
     connection: UnixStream,
+}
+
+/// A node's copy on a device, mapped here. The node keeps it until this is dropped.
+pub(crate) struct Copy {
+    // Gone before the node is told that it is free.
+    pub(crate) window: Window,
+    /// First byte of each of the manifest's tensors.
+    pub(crate) tensors: Vec<u64>,
+    _connection: UnixStream,
+}
+
+/// What a node gave.
+struct Given {
+    held: Held,
+    granules: Vec<OwnedFd>,
+    pool: OwnedFd,
+    stream: UnixStream,
 }
 
 /// Opens local files, and those that a node holds: both take the same way through the ring.
@@ -73,6 +91,64 @@ pub(crate) async fn hold(
     cancel: &CancellationToken,
     report: impl Fn(u64, u64),
 ) -> Result<(Manifest, Arc<Hold>), Error> {
+    let wish = share::Hold { protocol: PROTOCOL_VERSION, model: model.to_owned(), ..share::Hold::default() };
+    let Given { held, pool, stream: connection, .. } = ask(socket, wish, cancel, report).await?;
+    let Held { manifest_json, chunk_bytes, files, slab: _ } = held;
+    let manifest = Manifest::parse(socket, &manifest_json)?;
+    let same = manifest.files.len() == files.len()
+        && manifest.files.iter().zip(&files).all(|(file, slots)| file.identity.len == slots.len);
+    if !same {
+        return Err(contradicts(socket));
+    }
+    Ok((manifest, Arc::new(Hold { pool, chunk_bytes, files, connection })))
+}
+
+/// Has a node bring a model to a device and keep it there, and maps it.
+pub(crate) async fn copy(
+    socket: &Path,
+    model: &str,
+    device: &Arc<dyn Device>,
+    cancel: &CancellationToken,
+) -> Result<(Manifest, Copy), Error> {
+    let asked = Arc::clone(device);
+    let may_write = !blocking(move || Ok(asked.maps_read_only()?)).await?;
+    let wish = share::Hold {
+        protocol: PROTOCOL_VERSION,
+        model: model.to_owned(),
+        device: device.info().uuid.clone(),
+        may_write,
+    };
+    let Given { held, granules, stream, .. } = ask(socket, wish, cancel, |_, _| {}).await?;
+    let manifest = Manifest::parse(socket, &held.manifest_json)?;
+    let Some(slab) = held.slab.filter(|slab| slab.tensors.len() == manifest.tensors.len()) else {
+        return Err(contradicts(socket));
+    };
+    let lies_within = |(tensor, at): (&stoker_checkpoint::Tensor, &u64)| {
+        at.checked_add(tensor.len).is_some_and(|end| end <= slab.bytes)
+    };
+    if !manifest.tensors.iter().zip(&slab.tensors).all(lies_within) {
+        return Err(contradicts(socket));
+    }
+    let (device, bytes, granule) = (Arc::clone(device), ByteSize(slab.bytes), ByteSize(slab.granule));
+    let window = blocking(move || Ok(device.window(&granules, bytes, granule)?)).await?;
+    Ok((manifest, Copy { window, tensors: slab.tensors, _connection: stream }))
+}
+
+fn contradicts(socket: &Path) -> Error {
+    let message = format!(
+        "the node at {}: answer: its manifest and its memory contradict each other, or it is of another version",
+        socket.display()
+    );
+    Error::Node { message }
+}
+
+/// Asks a node for a model, and waits until it is there.
+async fn ask(
+    socket: &Path,
+    order: share::Hold,
+    cancel: &CancellationToken,
+    report: impl Fn(u64, u64),
+) -> Result<Given, Error> {
     let path = socket.to_owned();
     let failed = |what: &str, error: &dyn std::fmt::Display| Error::Node {
         message: format!("the node at {}: {what}: {error}", socket.display()),
@@ -95,12 +171,11 @@ pub(crate) async fn hold(
         connected = connect => connected?,
     };
     let mut stream = UnixStream::from_std(stream).map_err(|e| failed("connection", &e))?;
-    let held = {
+    let (held, granules) = {
         let (read, write) = stream.split();
-        let order = share::Hold { protocol: PROTOCOL_VERSION, model: model.to_owned() };
         FrameWriter::new(write).send(&order).await.map_err(|e| failed("connection", &e))?;
-        let mut reader = FrameReader::new(read);
-        loop {
+        let mut reader = FrameReader::new(DescriptorReader::new(read));
+        let held = loop {
             let message = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Err(Error::Cancelled),
@@ -110,19 +185,15 @@ pub(crate) async fn hold(
             match message.kind {
                 Some(to_client::Kind::Progress(Progress { ready, total })) => report(ready, total),
                 Some(to_client::Kind::Held(held)) => break held,
-                Some(to_client::Kind::Refused(refused)) => return Err(refusal(model, refused)),
+                Some(to_client::Kind::Refused(refused)) => return Err(refusal(&order.model, refused)),
                 None => return Err(failed("answer", &"it is of another version")),
             }
-        }
+        };
+        let count = held.slab.as_ref().map_or(0, |slab| slab.granules);
+        let granules = reader.inner_mut().take(usize::try_from(count).unwrap_or(usize::MAX));
+        (held, granules.ok_or_else(|| failed("answer", &"descriptors are missing"))?)
     };
-    let Held { manifest_json, chunk_bytes, files } = held;
-    let manifest = Manifest::parse(socket, &manifest_json)?;
-    let same = manifest.files.len() == files.len()
-        && manifest.files.iter().zip(&files).all(|(file, slots)| file.identity.len == slots.len);
-    if !same {
-        return Err(failed("answer", &"its manifest and its memory contradict each other"));
-    }
-    Ok((manifest, Arc::new(Hold { pool, chunk_bytes, files, connection: stream })))
+    Ok(Given { held, granules, pool, stream })
 }
 
 impl Hold {
@@ -152,6 +223,7 @@ fn refusal(model: &str, refused: Refused) -> Error {
         Refusal::OutOfMemory => Error::OutOfMemory { message },
         Refusal::Corrupt => Error::Corrupt { message, file: model.into() },
         Refusal::Changed => Error::Changed { message, file: model.into() },
+        Refusal::Unsupported => Error::NotSupported(message),
         Refusal::Other => Error::Node { message },
     }
 }

@@ -26,3 +26,8 @@ pub(crate) fn read_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(4, usize::from);
     cores.saturating_sub(2).clamp(4, 16)
 }
+
+/// Chunks on their way to host memory at a time.
+pub(crate) fn host_ring_chunks() -> usize {
+    read_threads() + 2
+}

@@ -39,7 +39,9 @@ def to_numpy(tensor: Tensor) -> Any:
 def _writable(numpy: Any, tensor: Tensor) -> Any:
     # NumPy before 2.1 imports every array read-only; the memory is the caller's own all the same.
     array = numpy.from_dlpack(tensor)
-    if not array.flags.writeable:
+    if tensor.read_only:
+        array.flags.writeable = False
+    elif not array.flags.writeable:
         array = numpy.lib.stride_tricks.as_strided(array, writeable=True)
     return array
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,8 @@ def load(
     `device`: `"cuda:N"` or `"cpu"`. `names`: only these tensors; nothing else is read. `dtype`: floating-point tensors are
     converted to it, others are kept. `progress`: called with (bytes arrived, bytes in all) while it loads; what it raises
     cancels the load. `shard`: (rank, how many): that rank's part of a model that is split evenly over several devices as in
-    Megatron-LM, cut from the same files as they are read; for models whose configuration Stoker knows. `shared`: not
-    possible yet.
+    Megatron-LM, cut from the same files as they are read; for models whose configuration Stoker knows. `shared`: of a running
+    node's model, the node's own copy on the device, mapped without write access where the driver can do that.
 
     With PyTorch installed the values are `torch.Tensor`s, else `stoker.Tensor`s, which NumPy and others import without a
     copy. Each owns its memory: device memory goes back in pieces of at most 64 MiB, with the last tensor in it.
@@ -98,21 +99,19 @@ class _Wanted:
             rank, world = shard
             if not 0 <= rank < world:
                 raise ValueError(f"shard={shard}: ranks go from 0 to one less than how many there are")
-        if shared:
-            raise NotSupportedError(
-                "sharing a node's copy on a device needs a node that serves from one, which none does yet; "
-                "without shared=True its copy in host memory is used"
-            )
         if isinstance(names, str):
             raise TypeError("names must be several names, not one string")
         self.paths, self.socket, self.model = _source(path_or_model, node)
+        if shared and self.model is None:
+            raise NotSupportedError("shared=True shares a running node's copy: give a model's name, and node= if need be")
+        self.shared = shared
         self.device = _device(device)
         self.names = None if names is None else list(names)
         self.dtype = dtype
         self.shard = shard
 
     def begin(self) -> _native.Load:
-        return _native.Load(self.paths, self.device, self.names, self.socket, self.model, self.shard)
+        return _native.Load(self.paths, self.device, self.names, self.socket, self.model, self.shard, self.shared)
 
     def load(self, progress: Callable[[int, int], object] | None) -> dict[str, Loaded]:
         running = self.begin()
@@ -150,6 +149,24 @@ class _Wanted:
 
     def finish(self) -> Callable[[_native.Tensor], Any]:
         """What makes of a native tensor what the caller gets."""
+        finish = self._finish()
+        if not self.shared or self.device == "cpu":
+            return finish
+        told = []
+
+        def of_copy(tensor: _native.Tensor) -> Any:
+            if not tensor.read_only and not told:
+                told.append(True)
+                warnings.warn(
+                    "this driver can't map the node's copy without write access: don't write to its tensors in place",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return finish(tensor)
+
+        return of_copy
+
+    def _finish(self) -> Callable[[_native.Tensor], Any]:
         torch = _torch.find()
         dtype = self.dtype
         if torch is None:

@@ -8,7 +8,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from ._load import load
-from .errors import NotFoundError
+from .errors import NotFoundError, ReadError
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,10 @@ class safe_open:  # noqa: N801 - the name that it replaces
                 header = json.loads(file.read(length)) if length <= _HEADER_BYTES_MAX else {}
         except FileNotFoundError:
             raise NotFoundError(f"{self._path}: no such file", file=self._path) from None
-        except ValueError:
+        except OSError as error:
+            raise ReadError(f"{self._path}: {error.strerror}", file=self._path) from None
+        # The former: nested beyond all bounds.
+        except (RecursionError, ValueError):
             header = {}
         # What is wrong with a header is said by whoever checks it: before the first tensor.
         if not isinstance(header, dict) or not header:

@@ -207,6 +207,36 @@ def test_host_memory_goes_with_the_last_tensor_in_it(large):
     assert resident_shared() - before <= 2 * MIB
 
 
+def test_device_memory_goes_while_the_rest_is_on_its_way(large):
+    # A link of 40 MB/s: the last tensor is half a second behind.
+    device = "simulated:7:40"
+    used = lambda: stoker.device_memory(device)[2]  # noqa: E731
+    held = {}
+    for name, tensor in stoker.iter_load(large[0], device):
+        assert bytes_of(tensor) == large[1][name][2]
+        del tensor
+        held[name] = used()
+    # 24 MiB each, in granules of 64 MiB: what lies in front of the last three granules is gone when the second shard is half there.
+    assert held["layer.0.0"] >= 192 * MIB
+    assert held["layer.1.2"] <= held["layer.0.0"] - 128 * MIB
+    assert used() == 0
+
+
+def test_host_memory_goes_while_the_rest_is_on_its_way(tmp_path):
+    # What is read but not taken yet counts as well: so many tensors that reading them takes longer than dropping them.
+    tensors = {f"t{i}": ("U8", (16 * MIB,), bytes([i]) * (16 * MIB)) for i in range(40)}
+    path = save(tmp_path / "model.safetensors", tensors)
+    del tensors
+    before, most = resident_shared(), 0
+    for i, (name, tensor) in enumerate(stoker.iter_load(path, "cpu")):
+        view = tensor.numpy()
+        assert (name, view[0], view[-1]) == (f"t{i}", i, i)
+        del view, tensor
+        most = max(most, resident_shared() - before)
+    assert most <= 500 * MIB, "all of it would be 640"
+    assert resident_shared() - before <= 2 * MIB
+
+
 def test_threads_load_at_the_same_time(large):
     folder, tensors = large
     before = in_tensors()

@@ -30,7 +30,10 @@ def test_safe_open(every_type):
 def test_safe_open_of_nothing(tmp_path):
     with pytest.raises(stoker.NotFoundError):
         safe_open(tmp_path / "gone")
-    for data in (b"", b"\x05\0\0\0\0\0\0\0[1,2]", b"\xff" * 20):
+    with pytest.raises(stoker.ReadError):
+        safe_open(tmp_path)
+    nested = b"[" * 100_000
+    for data in (len(nested).to_bytes(8, "little") + nested, b"", b"\x05\0\0\0\0\0\0\0[1,2]", b"\xff" * 20):
         (tmp_path / "bad").write_bytes(data)
         with pytest.raises(stoker.CheckpointError):
             safe_open(tmp_path / "bad")

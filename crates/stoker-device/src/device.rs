@@ -1,6 +1,6 @@
 //! What every kind of device does.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, os::fd::OwnedFd, sync::Arc};
 
 use stoker_io::Pinner;
 use stoker_types::{ByteSize, ChunkSum};
@@ -51,8 +51,30 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::OutOfRange`], [`DeviceError::WrongDevice`]; the driver's.
     fn sums(&self, slab: &Slab, ranges: &[(u64, u64)]) -> Result<Vec<ChunkSum>, DeviceError>;
 
+    /// Whether memory of another process can be mapped so that nothing here can write to it.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn maps_read_only(&self) -> Result<bool, DeviceError>;
+
+    /// Maps memory that another process exported ([`Slab::export`]), `bytes` in granules of `granule`; without write access
+    /// where the device can do that ([`Self::maps_read_only`]).
+    ///
+    /// # Errors
+    /// The driver's; [`DeviceError::Os`] when the descriptors are no such memory.
+    fn window(&self, granules: &[OwnedFd], bytes: ByteSize, granule: ByteSize)
+    -> Result<Window, DeviceError>;
+
     /// What pins host memory for this device's copies; `None` when that means nothing to it.
     fn pinner(&self) -> Option<Arc<dyn Pinner>>;
+}
+
+/// Memory of another process's slab, mapped here. It stays as long as the value lives, whatever becomes of that process.
+pub struct Window {
+    address: u64,
+    bytes: u64,
+    read_only: bool,
+    _memory: Box<dyn Send + Sync>,
 }
 
 /// Host bytes that a device reads while it holds them. The same bytes are returned for as long as the value lives.
@@ -93,6 +115,48 @@ pub struct Cut {
     /// Bytes from the beginning of one row to that of the next in the host's buffer, at least `len`; means nothing when
     /// there is one row.
     pub pitch: usize,
+}
+
+// === impl Window ===
+
+impl Window {
+    pub(crate) fn new(
+        address: u64,
+        bytes: ByteSize,
+        read_only: bool,
+        memory: impl Send + Sync + 'static,
+    ) -> Self {
+        Self { address, bytes: bytes.bytes(), read_only, _memory: Box::new(memory) }
+    }
+
+    /// The device's address of its first byte.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// How long it is.
+    #[must_use]
+    pub fn bytes(&self) -> ByteSize {
+        ByteSize(self.bytes)
+    }
+
+    /// Whether a write to it fails.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+}
+
+impl fmt::Debug for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, bytes, read_only, _memory: _ } = self;
+        f.debug_struct("Window")
+            .field("address", address)
+            .field("bytes", bytes)
+            .field("read_only", read_only)
+            .finish_non_exhaustive()
+    }
 }
 
 // === impl Cut ===

@@ -21,7 +21,7 @@ pub use cuda::{
     ComputeStream, CudaDevice, CudaOptions, DeviceBuffer, GrowingMemory, Kernel, KernelTime, Launch,
     PinnedBuffer, Program, cuda_devices, driver_version,
 };
-pub use device::{Cut, Device, Done, HostBytes, Transfer};
+pub use device::{Cut, Device, Done, HostBytes, Transfer, Window};
 pub use error::{CudaVersion, DeviceError};
 pub use holders::memory_holders;
 pub use info::{DeviceInfo, DeviceMemory, Link, PcieLink, Peer};

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "memory that is written behind a shared handle, as a device's is")]
 
 use std::{
+    collections::BTreeSet,
     fmt,
     os::fd::{AsRawFd, OwnedFd},
     ptr::NonNull,
@@ -25,11 +26,11 @@ use stoker_io::Pinner;
 use stoker_types::{ByteSize, BytesPerSec, ChunkSum};
 
 use crate::{
-    device::{Device, Transfer},
+    device::{Device, Transfer, Window},
     error::DeviceError,
     info::{DeviceInfo, DeviceMemory},
     queue::Queue,
-    slab::{Memory, Slab},
+    slab::{Granules, Memory, Slab},
 };
 
 /// What a simulated device is like.
@@ -85,7 +86,7 @@ pub(crate) struct HostMemory {
     exportable: bool,
     space: Arc<HostSpace>,
     granule: u64,
-    granules: Vec<Arc<HostGranule>>,
+    granules: Granules<HostGranule>,
 }
 
 /// Addresses.
@@ -262,6 +263,21 @@ impl Device for SimulatedDevice {
         ranges.iter().map(sum).collect()
     }
 
+    fn maps_read_only(&self) -> Result<bool, DeviceError> {
+        Ok(true)
+    }
+
+    fn window(
+        &self,
+        granules: &[OwnedFd],
+        bytes: ByteSize,
+        granule: ByteSize,
+    ) -> Result<Window, DeviceError> {
+        let window = SimulatedWindow::import(granules, bytes, granule)?;
+        let address = window.space.base.as_ptr().expose_provenance() as u64;
+        Ok(Window::new(address, bytes, true, window))
+    }
+
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {
         None
     }
@@ -413,9 +429,16 @@ impl HostMemory {
         // From here on nothing fails: what a granule gives back when it goes was counted as used by the caller.
         let granules = files.into_iter().map(|(at, len, file)| {
             let (space, used) = (Arc::clone(&space), Arc::clone(used));
-            Arc::new(HostGranule { space, at, len, file, used })
+            HostGranule { space, at, len, file, used }
         });
-        Ok(Self { granule, granules: granules.collect(), exportable, space })
+        Ok(Self { granule, granules: Granules::all(granules), exportable, space })
+    }
+
+    /// The same, keeping only the granules with these numbers.
+    pub(crate) fn only(&self, numbers: &BTreeSet<usize>) -> Self {
+        let Self { exportable, space, granule, granules } = self;
+        let (exportable, granule, space) = (*exportable, *granule, Arc::clone(space));
+        Self { exportable, space, granule, granules: granules.only(numbers) }
     }
 
     /// A descriptor for each granule, for reading.
@@ -429,7 +452,7 @@ impl HostMemory {
                 what: "export memory that is its process's alone",
             });
         }
-        let export_one = |granule: &Arc<HostGranule>| {
+        let export_one = |granule: &HostGranule| {
             let path = format!("/proc/self/fd/{}", granule.file.as_raw_fd());
             rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(os("open"))
         };
@@ -444,7 +467,7 @@ impl HostMemory {
         self.granule
     }
 
-    pub(crate) fn granules(&self) -> &[Arc<HostGranule>] {
+    pub(crate) fn granules(&self) -> &Granules<HostGranule> {
         &self.granules
     }
 
@@ -663,6 +686,34 @@ mod tests {
         assert_eq!(used(), 0);
         drop(none);
         device.allocate(ByteSize(16 * page), ByteSize::ZERO).unwrap();
+    }
+
+    #[test]
+    fn a_handle_to_some_granules_keeps_those() {
+        let page = rustix::param::page_size() as u64;
+        let device = device(&SimulatedOptions { memory: ByteSize(16 * page), ..SimulatedOptions::default() });
+        let slab = device.allocate(ByteSize(8 * page), ByteSize(2 * page)).unwrap();
+        let used = || device.memory().unwrap().slabs.bytes() / page;
+        let ends = slab.only([(0, 1), (7 * page, 100), (page, 0)]).unwrap();
+        let beyond = slab.only([(8 * page, 1)]).unwrap_err();
+        assert!(matches!(beyond, DeviceError::OutOfRange { what: "slab", .. }), "{beyond}");
+        assert_eq!((ends.address(), ends.bytes()), (slab.address(), slab.bytes()));
+        drop(slab);
+        assert_eq!(used(), 4);
+        copy(&device, vec![7; 200], &ends, vec![Cut::range(0, 100, 7 * page), Cut::range(0, 100, 0)])
+            .unwrap();
+        for at in [2 * page, 6 * page - 1] {
+            let gone = copy(&device, vec![7; 2], &ends, vec![Cut::range(0, 2, at)]).unwrap_err();
+            assert!(matches!(gone, DeviceError::OutOfRange { what: "what is kept of a slab", .. }), "{gone}");
+            assert!(ends.part(at, 2).is_err());
+        }
+        assert!(copy(&device, vec![7; 16], &ends, vec![Cut::range(0, 8 * 2, 2 * page - 8)]).is_err());
+        assert!(ends.export().is_err(), "not all of it");
+        let first = ends.part(page, page).unwrap();
+        drop(ends);
+        assert_eq!(used(), 2);
+        drop(first);
+        assert_eq!(used(), 0);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! A range of device addresses.
 
-use std::{fmt, os::fd::OwnedFd, sync::Arc};
+use std::{collections::BTreeSet, fmt, os::fd::OwnedFd, sync::Arc};
 
 use stoker_types::ByteSize;
 
 use crate::{cuda::Mapping, error::DeviceError, simulated::HostMemory};
 
-/// A range of device memory. A cheap handle: the memory goes with the last one, copies under way included.
+/// A range of device memory. A cheap handle: the memory goes with the last one, copies under way included. Of a handle to
+/// some granules only ([`Slab::only`]), those.
 #[derive(Clone)]
 pub struct Slab {
     inner: Arc<Inner>,
@@ -31,6 +32,59 @@ struct Inner {
 pub(crate) enum Memory {
     Cuda(Mapping),
     Host(HostMemory),
+}
+
+/// Granules of a slab, each with its number: all of them, or some.
+pub(crate) struct Granules<T> {
+    held: Vec<(usize, Arc<T>)>,
+}
+
+// === impl Granules ===
+
+impl<T> Granules<T> {
+    /// All of them, in order.
+    pub(crate) fn all(granules: impl IntoIterator<Item = T>) -> Self {
+        Self { held: granules.into_iter().map(Arc::new).enumerate().collect() }
+    }
+
+    /// One more behind those that are there, which are all before it.
+    pub(crate) fn push(&mut self, granule: T) {
+        self.held.push((self.held.len(), Arc::new(granule)));
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.held.iter().map(|(_, granule)| &**granule)
+    }
+
+    /// Those with these numbers; `None` when one of them isn't held.
+    fn of(&self, numbers: std::ops::Range<usize>) -> Option<&[(usize, Arc<T>)]> {
+        let first = self.held.partition_point(|(number, _)| *number < numbers.start);
+        let found = self.held.get(first..first + numbers.len())?;
+        // Ascending and distinct, so the ends say it all.
+        let whole = match found {
+            [] => true,
+            [(only, _)] => *only == numbers.start,
+            [(first, _), .., (last, _)] => (*first, *last) == (numbers.start, numbers.end - 1),
+        };
+        whole.then_some(found)
+    }
+
+    /// Those with these numbers, as far as they are held.
+    pub(crate) fn only(&self, numbers: &BTreeSet<usize>) -> Self {
+        let kept = self.held.iter().filter(|(number, _)| numbers.contains(number));
+        Self { held: kept.cloned().collect() }
+    }
+}
+
+impl<T: Send + Sync + 'static> Granules<T> {
+    fn erased(&self, numbers: std::ops::Range<usize>) -> Option<Arc<[Arc<dyn Send + Sync>]>> {
+        let erase = |(_, granule): &(usize, Arc<T>)| Arc::clone(granule) as Arc<dyn Send + Sync>;
+        Some(self.of(numbers)?.iter().map(erase).collect())
+    }
 }
 
 // === impl Slab ===
@@ -77,17 +131,13 @@ impl Slab {
     /// # Errors
     /// [`DeviceError::OutOfRange`].
     pub fn part(&self, at: u64, len: u64) -> Result<SlabPart, DeviceError> {
-        self.check_range(at, len)?;
-        let granule = self.granule().bytes();
-        let index = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-        let touched = if len == 0 { 0..0 } else { index(at / granule)..index((at + len).div_ceil(granule)) };
-        fn erased<T: Send + Sync + 'static>(granules: &[Arc<T>]) -> Arc<[Arc<dyn Send + Sync>]> {
-            granules.iter().map(|granule| Arc::clone(granule) as Arc<dyn Send + Sync>).collect()
-        }
+        let touched = self.touched(at, len);
         let granules = match &self.inner.memory {
-            Memory::Cuda(mapping) => erased(&mapping.granules()[touched]),
-            Memory::Host(memory) => erased(&memory.granules()[touched]),
+            Memory::Cuda(mapping) => mapping.granules().erased(touched),
+            Memory::Host(memory) => memory.granules().erased(touched),
         };
+        let granules =
+            granules.filter(|_| self.is_within(at, len)).ok_or_else(|| self.out_of_range(at, len))?;
         Ok(SlabPart {
             device: self.inner.device,
             address: self.address() + at,
@@ -96,12 +146,31 @@ impl Slab {
         })
     }
 
+    /// The same slab, of which this handle keeps only the granules in which these ranges (first byte, bytes) lie. Copies can
+    /// go to those, whatever becomes of the others.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`].
+    pub fn only(&self, ranges: impl IntoIterator<Item = (u64, u64)>) -> Result<Self, DeviceError> {
+        let mut numbers = BTreeSet::new();
+        for (at, len) in ranges {
+            self.check_range(at, len)?;
+            numbers.extend(self.touched(at, len));
+        }
+        let memory = match &self.inner.memory {
+            Memory::Cuda(mapping) => Memory::Cuda(mapping.only(&numbers)),
+            Memory::Host(memory) => Memory::Host(memory.only(&numbers)),
+        };
+        Ok(Self::new(self.inner.device, self.inner.bytes, memory))
+    }
+
     /// A descriptor for each granule, in order. Whoever has them can map the memory in another process
     /// ([`crate::CudaDevice::import`], [`crate::SimulatedWindow::import`]), and keeps it alive.
     ///
     /// # Errors
-    /// The driver's or the operating system's.
+    /// The driver's or the operating system's; [`DeviceError::OutOfRange`] when this handle hasn't all of it.
     pub fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        self.check_range(0, self.inner.bytes)?;
         match &self.inner.memory {
             Memory::Cuda(mapping) => mapping.export(),
             Memory::Host(memory) => memory.export(self.inner.device),
@@ -118,12 +187,30 @@ impl Slab {
     }
 
     pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<(), DeviceError> {
+        let touched = self.touched(at, len);
+        let held = match &self.inner.memory {
+            Memory::Cuda(mapping) => mapping.granules().of(touched).is_some(),
+            Memory::Host(memory) => memory.granules().of(touched).is_some(),
+        };
+        if held && self.is_within(at, len) { Ok(()) } else { Err(self.out_of_range(at, len)) }
+    }
+
+    fn is_within(&self, at: u64, len: u64) -> bool {
+        at.checked_add(len).is_some_and(|end| end <= self.inner.bytes)
+    }
+
+    /// Numbers of the granules that a range lies in.
+    fn touched(&self, at: u64, len: u64) -> std::ops::Range<usize> {
+        let granule = self.granule().bytes();
+        let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let end = at.saturating_add(len).div_ceil(granule);
+        if len == 0 { 0..0 } else { number(at / granule)..number(end) }
+    }
+
+    fn out_of_range(&self, at: u64, len: u64) -> DeviceError {
         let end = at.saturating_add(len);
-        if end <= self.inner.bytes {
-            Ok(())
-        } else {
-            Err(DeviceError::OutOfRange { what: "slab", at, end, len: self.inner.bytes })
-        }
+        let what = if end > self.inner.bytes { "slab" } else { "what is kept of a slab" };
+        DeviceError::OutOfRange { what, at, end, len: self.inner.bytes }
     }
 }
 

@@ -17,6 +17,7 @@ mod faulty;
 mod heap;
 mod ledger;
 mod local;
+mod locks;
 mod map;
 mod measure;
 mod own;
@@ -38,7 +39,7 @@ pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
 pub use own::OwnFile;
 pub use part::ChunkPart;
 pub use pin::{PinError, Pinner};
-pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, PoolError, PoolMemory, PoolUsage};
+pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, LentPool, PoolError, PoolMemory, PoolUsage};
 pub use priority::PriorityFd;
 pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, OpenRemote, ReadDone, ReadError, ReadMode, ReadOp, Reader,

@@ -1,8 +1,9 @@
 //! The pool: one range of memory, cut into slots of one chunk each.
 //!
 //! A shared pool is a sparse memfd, mapped read-write once, in the process that fills it. Other processes get a read-only
-//! descriptor ([`ChunkPool::read_only_fd`]) and map the slots that they are told of ([`crate::MappedFile`]). Who has its
-//! memory's descriptors ([`ChunkPool::memory`]) can take it over with what is in it ([`ChunkPool::adopt`]). A private one
+//! descriptor and map the slots that they are told of ([`crate::MappedFile`]): those that end with the owner one of
+//! [`ChunkPool::read_only_fd`], others one of [`ChunkPool::lend`]. Who has its memory's descriptors ([`ChunkPool::memory`]) can
+//! take it over with what is in it ([`ChunkPool::adopt`]). A private one
 //! is anonymous memory, which gets huge pages on most machines where a memfd doesn't: it is made, pinned and copied through
 //! faster.
 
@@ -11,8 +12,8 @@
 use std::{
     collections::BTreeSet,
     fmt, io,
-    ops::{Deref, DerefMut},
-    os::fd::{AsRawFd, OwnedFd},
+    ops::{Deref, DerefMut, Range},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     slice,
     sync::{
         Arc, OnceLock,
@@ -29,7 +30,8 @@ use stoker_types::ByteSize;
 
 use crate::{
     ledger::{Entry, Ledger, LedgerError, Record},
-    map::{HUGE_PAGE_BYTES, Range},
+    locks,
+    map::{self, HUGE_PAGE_BYTES},
     pin::{PinError, Pinner},
 };
 
@@ -111,6 +113,19 @@ pub struct AdoptedPool {
     pub chunks: Vec<(Chunk, Record)>,
     /// Slots of which the ledger said what can't be.
     pub damaged: usize,
+    /// Slots that somebody has still mapped ([`ChunkPool::lend`]), by runs: those of `chunks`, and `orphans`.
+    pub lent: Vec<Range<u32>>,
+    /// Slots that somebody has still mapped, and of which the ledger says nothing.
+    pub orphans: Vec<ChunkBuf>,
+}
+
+/// A descriptor of the pool's memory for a program that may outlive the pool's owner, and the slots that it may map. For as
+/// long as it, a copy of it in any process, or a mapping made with it is there, whoever takes the pool over leaves those
+/// slots as they are.
+#[derive(Debug)]
+pub struct LentPool {
+    fd: OwnedFd,
+    chunk_bytes: u64,
 }
 
 /// A slot of the pool, owned: nobody else reads or writes it. Its bytes are what the last owner left. Dropping it
@@ -133,7 +148,7 @@ struct Inner {
     /// What is in the slots of a shared pool.
     ledger: Option<Ledger>,
     /// The slots, mapped for writing.
-    range: Range,
+    range: map::Range,
     chunk_bytes: usize,
     capacity: u32,
     slots: Mutex<Slots>,
@@ -151,6 +166,16 @@ struct Size {
     chunk_bytes: usize,
     /// Of all slots, bytes.
     len: usize,
+}
+
+/// Slots of a pool that was taken over which are in use.
+#[derive(Default)]
+struct Sorted {
+    named: Vec<(u32, Record)>,
+    /// Lent, and not named.
+    orphans: Vec<u32>,
+    /// How many records can't be.
+    damaged: usize,
 }
 
 struct Slots {
@@ -182,10 +207,10 @@ impl ChunkPool {
         Self::make(capacity, chunk, false)
     }
 
-    /// Takes a shared pool over, after its owner and everybody who had it mapped have ended
+    /// Takes a shared pool over, after its owner and everybody with one of its [`Self::read_only_fd`] have ended
     /// ([`PoolMemory::is_in_use`]). It has room for `capacity`, or
     /// for what it had room for. Memory of slots that the ledger doesn't name goes back to the operating system first: a
-    /// read that the old owner had under way ends in pages that are nobody's.
+    /// read that the old owner had under way ends in pages that are nobody's. Slots that are lent stay as they are, in use.
     ///
     /// The chunks' bytes are not checked.
     ///
@@ -210,12 +235,14 @@ impl ChunkPool {
             rustix::fs::ftruncate(&fd, size.len as u64).map_err(|e| os("ftruncate")(e.into()))?;
         }
         let pool = Self::over(Some(fd), Some(ledger), size).map_err(os("mmap"))?;
-        let (chunks, damaged) = pool.inner.sort_slots().map_err(os("fallocate"))?;
-        let chunks = chunks.into_iter().map(|(slot, record)| {
-            let buf = ChunkBuf { pool: Arc::clone(&pool.inner), slot };
-            (Chunk { len: record.len, buf: Arc::new(buf) }, record)
-        });
-        Ok(AdoptedPool { chunks: chunks.collect(), damaged, pool })
+        let lent = pool.lent().map_err(os("fcntl"))?;
+        let Sorted { named, orphans, damaged } = pool.inner.sort_slots(&lent).map_err(os("fallocate"))?;
+        let buf = |slot| ChunkBuf { pool: Arc::clone(&pool.inner), slot };
+        let chunk =
+            |(slot, record): (u32, Record)| (Chunk { len: record.len, buf: Arc::new(buf(slot)) }, record);
+        let chunks = named.into_iter().map(chunk).collect();
+        let orphans = orphans.into_iter().map(buf).collect();
+        Ok(AdoptedPool { chunks, damaged, lent, orphans, pool })
     }
 
     fn make(capacity: ByteSize, chunk: ByteSize, shared: bool) -> Result<Self, PoolError> {
@@ -375,21 +402,51 @@ impl ChunkPool {
         }
     }
 
-    /// A new read-only descriptor of the pool's memory, for a process that maps chunks. Closed on exec. As long as it, a copy
+    /// A new read-only descriptor of the pool's memory, for a process that maps chunks and ends with this one. Closed on exec. As long as it, a copy
     /// of it in any process, or a mapping made with it is there, nobody can take the pool over.
     ///
     /// # Errors
     /// `Unsupported` for a private pool; the operating system's, such as no free descriptor or no `/proc`.
     pub fn read_only_fd(&self) -> io::Result<OwnedFd> {
-        let Some(fd) = &self.inner.fd else {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "the pool is private to this process"));
-        };
-        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        let handed_out = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let handed_out = self.open_read_only()?;
         // It belongs to what was opened, not to a process: the kernel drops it with the last copy and the last mapping,
         // whatever becomes of those who have them. See `in_use`.
         rustix::fs::flock(&handed_out, FlockOperation::NonBlockingLockShared)?;
         Ok(handed_out)
+    }
+
+    /// A new read-only descriptor of the pool's memory for a program that may outlive this process. Closed on exec. It
+    /// hinders nobody to take the pool over; see [`LentPool::hold`].
+    ///
+    /// # Errors
+    /// As [`Self::read_only_fd`].
+    pub fn lend(&self) -> io::Result<LentPool> {
+        Ok(LentPool { fd: self.open_read_only()?, chunk_bytes: self.inner.chunk_bytes as u64 })
+    }
+
+    /// Slots that somebody may have mapped to whom they were lent, by this pool's owner or one before, by runs in order. The
+    /// kernel's word: it forgets a program's slots with its last mapping, whatever becomes of it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn lent(&self) -> io::Result<Vec<Range<u32>>> {
+        let Some(fd) = &self.inner.fd else { return Ok(Vec::new()) };
+        let chunk = self.inner.chunk_bytes as u64;
+        let slot = |byte: u64| u32::try_from(byte / chunk).unwrap_or(u32::MAX).min(self.inner.capacity);
+        let mut runs = Vec::new();
+        locks::each(fd, u64::from(self.inner.capacity) * chunk, |bytes| {
+            runs.push(slot(bytes.start)..slot(bytes.end.saturating_add(chunk - 1)));
+        })?;
+        runs.sort_unstable_by_key(|run: &Range<u32>| run.start);
+        Ok(runs)
+    }
+
+    fn open_read_only(&self) -> io::Result<OwnedFd> {
+        let Some(fd) = &self.inner.fd else {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "the pool is private to this process"));
+        };
+        let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
     }
 
     /// Memory that the pool takes now: of a shared pool as the operating system counts it, of a private one the slots
@@ -418,6 +475,34 @@ fn in_use(pool: &OwnedFd) -> io::Result<bool> {
         Ok(()) => Ok(rustix::fs::flock(pool, FlockOperation::Unlock).map(|()| false)?),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
         Err(error) => Err(error.into()),
+    }
+}
+
+// === impl LentPool ===
+
+impl LentPool {
+    /// For the program. What it maps with it is up to it: it is told of slots only after they were held.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// From here on the program may have these slots mapped. For good: only its end, or that of its last mapping, says that
+    /// it hasn't.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn hold(&self, slots: impl IntoIterator<Item = u32>) -> io::Result<()> {
+        let slots: BTreeSet<u32> = slots.into_iter().collect();
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for slot in slots {
+            let at = u64::from(slot) * self.chunk_bytes;
+            match runs.last_mut() {
+                Some(run) if run.end == at => run.end += self.chunk_bytes,
+                _ => runs.push(at..at + self.chunk_bytes),
+            }
+        }
+        runs.into_iter().try_for_each(|run| locks::share(&self.fd, run))
     }
 }
 
@@ -473,8 +558,8 @@ pub(crate) fn sealed_memfd(name: &str, len: usize) -> io::Result<OwnedFd> {
 }
 
 /// Maps `len` bytes of a file, or of new memory, for writing.
-fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<Range> {
-    let range = Range::reserve(len)?;
+fn map(fd: Option<&OwnedFd>, len: usize) -> io::Result<map::Range> {
+    let range = map::Range::reserve(len)?;
     let (at, rw) = (range.base.as_ptr(), ProtFlags::READ | ProtFlags::WRITE);
     let flags = MapFlags::NORESERVE | MapFlags::FIXED;
     // SAFETY: replaces the reservation just made, of this length, which nobody else knows of yet.
@@ -501,13 +586,14 @@ impl fmt::Debug for ChunkPool {
 // === impl Inner ===
 
 impl Inner {
-    /// Sorts the slots of a pool that was taken over: those that the ledger names are in use; the others are free, and
-    /// their memory goes back. Returns what is in use, and how many records can't be.
-    fn sort_slots(&self) -> io::Result<(Vec<(u32, Record)>, usize)> {
-        let (Some(fd), Some(ledger)) = (&self.fd, &self.ledger) else { return Ok((Vec::new(), 0)) };
-        let (mut chunks, mut damaged, mut free) = (Vec::new(), 0, 0..0);
+    /// Sorts the slots of a pool that was taken over: those that the ledger names or that are lent are in use; the others are
+    /// free, and their memory goes back.
+    fn sort_slots(&self, lent: &[Range<u32>]) -> io::Result<Sorted> {
+        let mut sorted = Sorted::default();
+        let (Some(fd), Some(ledger)) = (&self.fd, &self.ledger) else { return Ok(sorted) };
+        let mut free = 0..0;
         let chunk = self.chunk_bytes as u64;
-        let give_back = |free: &std::ops::Range<u32>| {
+        let give_back = |free: &Range<u32>| {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let (from, count) = (u64::from(free.start), u64::from(free.end - free.start));
             if count == 0 { Ok(()) } else { rustix::fs::fallocate(fd, flags, from * chunk, count * chunk) }
@@ -517,22 +603,28 @@ impl Inner {
                 Entry::Written(record) if record.len <= self.chunk_bytes => {
                     give_back(&free)?;
                     free = slot + 1..slot + 1;
-                    chunks.push((slot, record));
+                    sorted.named.push((slot, record));
                     continue;
                 }
                 Entry::Empty => {}
-                Entry::Written(_) | Entry::Damaged => damaged += 1,
+                Entry::Written(_) | Entry::Damaged => sorted.damaged += 1,
             }
             ledger.clear(slot);
-            free.end = slot + 1;
+            if lent.iter().any(|run| run.contains(&slot)) {
+                give_back(&free)?;
+                free = slot + 1..slot + 1;
+                sorted.orphans.push(slot);
+            } else {
+                free.end = slot + 1;
+            }
         }
         give_back(&free)?;
         let mut slots = self.slots.lock();
-        for (slot, _) in &chunks {
+        for slot in sorted.named.iter().map(|(slot, _)| slot).chain(&sorted.orphans) {
             slots.cold.remove(slot);
             slots.in_use += 1;
         }
-        Ok((chunks, damaged))
+        Ok(sorted)
     }
 
     /// Pins a slot that is in use, if it isn't and there is a pinner.
@@ -921,7 +1013,7 @@ mod tests {
 
         // As after a kill: the old handles are not dropped.
         let larger = ByteSize(9 * CHUNK.bytes());
-        let AdoptedPool { pool: after, chunks: found, damaged } =
+        let AdoptedPool { pool: after, chunks: found, damaged, .. } =
             ChunkPool::adopt(memory(), larger, CHUNK).unwrap();
         let names: Vec<_> = found.iter().map(|(chunk, record)| (chunk.slot(), record.chunk)).collect();
         assert_eq!((names, damaged), (vec![(0, 0), (2, 2), (4, 4)], 0));
@@ -980,6 +1072,56 @@ mod tests {
         assert!(!memory().is_in_use().unwrap());
         assert!(adopt().is_ok());
         assert!(before.read_only_fd().is_ok(), "who takes it over hands it out again");
+    }
+
+    #[test]
+    fn what_is_lent_stays_as_it_is_until_its_last_mapping_is_gone() {
+        let before = pool(8);
+        let bufs: Vec<_> = std::iter::from_fn(|| before.try_take()).collect();
+        let chunks: Vec<_> = bufs
+            .into_iter()
+            .map(|mut buf| {
+                let value = u8::try_from(buf.slot()).unwrap() + 1;
+                buf.fill(value);
+                buf.freeze(10)
+            })
+            .collect();
+        // The ledger names all but the last two.
+        chunks[..6].iter().for_each(|chunk| chunk.record(&record(chunk.slot(), 10)));
+        assert!(before.lent().unwrap().is_empty());
+        let lent = before.lend().unwrap();
+        assert!(before.lent().unwrap().is_empty(), "nothing is held yet");
+        lent.hold([7, 2, 1]).unwrap();
+        let other = before.lend().unwrap();
+        other.hold([2, 4]).unwrap();
+        let map =
+            |lent: &LentPool, slot| crate::MappedFile::map(lent.fd(), 10, CHUNK.bytes(), &[slot]).unwrap();
+        let (one, two) = (map(&lent, 7), map(&other, 4));
+        drop((lent, other));
+
+        // As after a kill: the old handles are not dropped.
+        let memory = before.memory().unwrap().unwrap();
+        assert!(!memory.is_in_use().unwrap(), "no hindrance");
+        let AdoptedPool { pool: after, chunks: found, lent, orphans, damaged } =
+            ChunkPool::adopt(memory, CHUNK, CHUNK).unwrap();
+        let lent: BTreeSet<u32> = lent.into_iter().flatten().collect();
+        assert_eq!((lent, damaged), (BTreeSet::from([1, 2, 4, 7]), 0));
+        assert_eq!(orphans.iter().map(ChunkBuf::slot).collect::<Vec<_>>(), [7]);
+        assert_eq!(found.len(), 6);
+        assert_eq!(after.usage(), PoolUsage { budget: 8, in_use: 7, warm: 0, capacity: 8 });
+        // Everything else is used anew.
+        let kept: Vec<_> = found.into_iter().filter(|(chunk, _)| [1, 2, 4].contains(&chunk.slot())).collect();
+        let mut anew: Vec<_> = std::iter::from_fn(|| after.try_take()).collect();
+        anew.iter_mut().for_each(|buf| buf.fill(99));
+        assert_eq!(anew.len(), 4);
+        assert_eq!((&one[..], &two[..]), (&[8; 10][..], &[5; 10][..]));
+        drop(two);
+        let lent = |pool: &ChunkPool| pool.lent().unwrap().into_iter().flatten().collect::<BTreeSet<u32>>();
+        assert_eq!(lent(&after), BTreeSet::from([1, 2, 7]));
+        drop(one);
+        assert!(lent(&after).is_empty());
+        drop((kept, orphans, anew));
+        assert_eq!(after.usage().in_use, 0);
     }
 
     #[test]

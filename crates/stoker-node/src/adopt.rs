@@ -36,10 +36,11 @@ fn adopt(config: StoreConfig, memory: PoolMemory, catalog: &dyn Catalog) -> Opti
     };
     match Store::adopt(config, memory, known) {
         Ok((store, adoption)) => {
-            let Adoption { models, bytes, unknown, changed, wrong, damaged, evicted, total, check, .. } =
-                adoption;
+            let Adoption {
+                models, bytes, unknown, changed, wrong, damaged, evicted, lent, total, check, ..
+            } = adoption;
             tracing::info!(
-                models, %bytes, unknown, changed, wrong, damaged, evicted, ?total, ?check,
+                models, %bytes, unknown, changed, wrong, damaged, evicted, lent, ?total, ?check,
                 "took over what the node before had in memory"
             );
             Some(store)

@@ -1,16 +1,16 @@
 //! Programs of this machine that use the node's memory: each connection holds one model, which the program maps out of the
-//! pool, for as long as the connection lives. See [`stoker_proto::share`].
+//! pool or on a device, for as long as the connection lives. See [`stoker_proto::share`].
 
 use std::{
     io,
-    os::unix::fs::PermissionsExt as _,
+    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use stoker_proto::{
-    FrameError, FrameReader, FrameWriter, PROTOCOL_VERSION,
-    share::{self, FileSlots, Held, Hold, Progress, Refusal, Refused, ToClient, to_client},
+    FrameError, FrameReader, FrameWriter, PROTOCOL_VERSION, send_with_descriptors,
+    share::{self, DeviceSlab, FileSlots, Held, Hold, Progress, Refusal, Refused, ToClient, to_client},
 };
 use stoker_store::Resident;
 use stoker_types::{ModelName, StartFailure};
@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::Node;
+use crate::{Node, devices::Loan};
 
 /// Most programs at the same time; more are closed at once.
 const CONNECTIONS_MAX: usize = 64;
@@ -48,6 +48,36 @@ pub(crate) struct Shared {
     pub(crate) chunk_bytes: u64,
     /// Keeps the chunks.
     pub(crate) resident: Resident,
+}
+
+/// A model that a program wants, on a device.
+pub(crate) struct SharedSlab {
+    pub(crate) manifest_json: bytes::Bytes,
+    pub(crate) slab: DeviceSlab,
+    pub(crate) granules: Vec<OwnedFd>,
+    /// Keeps it there.
+    pub(crate) loan: Loan,
+}
+
+/// Why a program can't have a model.
+#[derive(Debug)]
+pub(crate) enum NotShared {
+    /// It can't be brought where it is wanted.
+    Start(StartFailure),
+    /// Not like this, in words.
+    Unsupported(String),
+}
+
+/// What is kept for a program until it is gone.
+enum Holding {
+    Memory { _resident: Resident },
+    Device { _loan: Loan },
+}
+
+/// What a program gets.
+enum Given {
+    Memory(Shared),
+    Device(SharedSlab),
 }
 
 /// Why a connection ended otherwise than by the program's own will.
@@ -132,29 +162,42 @@ async fn serve(stream: UnixStream, node: &Node) -> Result<(), ClientError> {
         return Err(ClientError::Stranger { uid });
     }
     stream.writable().await?;
-    share::send_pool(&stream, rustix::fd::AsFd::as_fd(&node.pool()?))?;
+    let pool = node.lend_pool()?;
+    share::send_pool(&stream, pool.fd())?;
     let (read, write) = stream.into_split();
     let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
     let asked = timeout(ASK_TIME_MAX, reader.next::<Hold>()).await.map_err(|_| ClientError::Silent)??;
-    let Some(Hold { protocol, model }) = asked else { return Ok(()) };
-    let held = tokio::select! {
-        held = bring(protocol, &model, node, &mut writer) => held?,
+    let Some(wish) = asked else { return Ok(()) };
+    let given = tokio::select! {
+        given = bring(&wish, node, &mut writer) => given?,
         // A program that is killed while it waits wants nothing any more.
         ended = gone(&mut reader) => return ended,
     };
-    let kind = match &held {
-        Ok(Shared { manifest_json, chunk_bytes, resident }) => {
+    let mut granules = Vec::new();
+    let (kind, held) = match given {
+        Ok(Given::Memory(Shared { manifest_json, chunk_bytes, resident })) => {
+            // Whatever becomes of this process, the next one doesn't use these for anything else while the program has them.
+            let slots: Vec<u32> =
+                resident.files().iter().flat_map(|file| file.slots.iter().copied()).collect();
+            pool.hold(slots)?;
             let slots =
                 |file: &stoker_store::FileSlots| FileSlots { len: file.len, slots: file.slots.clone() };
             let files = resident.files().iter().map(slots).collect();
-            let (manifest_json, chunk_bytes) = (manifest_json.clone(), *chunk_bytes);
-            to_client::Kind::Held(Held { manifest_json, chunk_bytes, files })
+            let held = Held { manifest_json, chunk_bytes, files, slab: None };
+            (to_client::Kind::Held(held), Some(Holding::Memory { _resident: resident }))
         }
-        Err(refused) => to_client::Kind::Refused(refused.clone()),
+        Ok(Given::Device(SharedSlab { manifest_json, slab, granules: fds, loan })) => {
+            granules = fds;
+            let held = Held { manifest_json, chunk_bytes: 0, files: Vec::new(), slab: Some(slab) };
+            (to_client::Kind::Held(held), Some(Holding::Device { _loan: loan }))
+        }
+        Err(refused) => (to_client::Kind::Refused(refused), None),
     };
-    writer.send(&ToClient { kind: Some(kind) }).await?;
-    if held.is_ok() {
-        tracing::info!(model, "held for a client");
+    let answer = ToClient { kind: Some(kind) };
+    send_with_descriptors(writer.inner().as_ref(), &answer, &granules).await?;
+    drop(granules);
+    if held.is_some() {
+        tracing::info!(model = wish.model, device = wish.device, "held for a client");
         gone(&mut reader).await?;
     }
     drop(held);
@@ -169,19 +212,26 @@ async fn gone(reader: &mut FrameReader<OwnedReadHalf>) -> Result<(), ClientError
 
 /// Brings the model into memory, telling the program how far that is.
 async fn bring(
-    protocol: u32,
-    model: &str,
+    wish: &Hold,
     node: &Node,
     writer: &mut FrameWriter<OwnedWriteHalf>,
-) -> Result<Result<Shared, Refused>, ClientError> {
+) -> Result<Result<Given, Refused>, ClientError> {
+    let Hold { protocol, model, device, may_write } = wish;
     let refused = |reason: Refusal, message: String| Ok(Err(Refused { reason: reason.into(), message }));
-    if protocol != PROTOCOL_VERSION {
+    if *protocol != PROTOCOL_VERSION {
         let words = format!("this node speaks version {PROTOCOL_VERSION}, the program version {protocol}");
         return refused(Refusal::Other, words);
     }
     let Ok(name) = ModelName::new(model) else {
         return refused(Refusal::UnknownModel, format!("`{model}` is no model's name"));
     };
+    if !device.is_empty() {
+        return match node.share_on_device(&name, device, *may_write).await {
+            Ok(shared) => Ok(Ok(Given::Device(shared))),
+            Err(NotShared::Start(failure)) => refused(reason(&failure), failure.to_string()),
+            Err(NotShared::Unsupported(words)) => refused(Refusal::Unsupported, words),
+        };
+    }
     let (progress, mut watermark) = tokio::sync::watch::channel(None);
     let mut bringing = std::pin::pin!(node.share(&name, |mark| drop(progress.send_replace(Some(mark)))));
     loop {
@@ -198,7 +248,7 @@ async fn bring(
             }
         };
         return match brought {
-            Ok(shared) => Ok(Ok(shared)),
+            Ok(shared) => Ok(Ok(Given::Memory(shared))),
             Err(failure) => refused(reason(&failure), failure.to_string()),
         };
     }

@@ -14,8 +14,8 @@ use stoker_store::{
     CheckpointFiles, Delivered, DeviceTarget, Keep, Layout, LoadError, LoadReport, ModelKey, Priority, Store,
 };
 use stoker_types::{
-    ByteSize, DeviceMemoryState, MemoryBudget, MemoryHolder, ModelName, Period, Phase, StartFailure,
-    Timeline, clock,
+    ByteSize, ChunkSum, DeviceMemoryState, MemoryBudget, MemoryHolder, ModelName, Period, Phase,
+    StartFailure, Timeline, clock,
 };
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -27,6 +27,9 @@ const KEPT_FOR: Duration = Duration::from_mins(10);
 
 /// Least bytes of a granule: few descriptors, and none of them small.
 const GRANULE_MIN: u64 = 1 << 30;
+
+/// Bytes of a slab for each sum.
+const SUMMED: u64 = 16 << 20;
 
 /// What is left to others: 512 MiB or 3 % of a device, whichever is more; a quarter of a small one.
 const RESERVE_MIN: ByteSize = ByteSize::mib(512);
@@ -75,6 +78,37 @@ struct Held {
     tenants: u32,
     /// Since when it has been there for nobody.
     cached: Option<Instant>,
+    /// Programs have it, or have had it since it was checked.
+    lent: Option<Lent>,
+}
+
+/// What is known of a copy that programs have, or have had.
+#[derive(Clone)]
+struct Lent {
+    /// Of each [`SUMMED`] bytes of the slab, before the first of them got it.
+    sums: Arc<[ChunkSum]>,
+    /// Programs that can't write to it.
+    readers: u32,
+    /// Programs that can.
+    writers: u32,
+}
+
+/// A program's hold on a model's slab. Dropped, the slab stays as cache, and is checked before anybody computes from it.
+pub(crate) struct Loan {
+    /// `None` once it is dropped.
+    lease: Option<Lease>,
+    may_write: bool,
+    /// Counts as taken, also when another slab has taken this one's place.
+    _slab: Slab,
+}
+
+/// Why a program can't have a copy.
+#[derive(Debug)]
+pub(crate) enum NotLent {
+    /// It can't be brought there.
+    Start(StartFailure),
+    /// The program could write to what others compute from.
+    InUse,
 }
 
 /// How far a model's way to the device is.
@@ -175,7 +209,7 @@ impl Slabs {
         let layout = layout.announcing(files);
         let (gate, bytes) = (layout.arrivals().unwrap_or(0), layout.slab_bytes());
         let words = layout.bytes().saturating_sub(ByteSize(gate)).bytes();
-        let there = self.join(files.key());
+        let there = self.join_checked(files.key()).await;
         let needed = if there.is_some() { ByteSize::ZERO } else { bytes };
         let room = self.make_room(model, needed, bytes, wanted, ours).await;
         match (there, room) {
@@ -204,6 +238,98 @@ impl Slabs {
             }
         };
         self.deliver(files, slab, Arc::new(layout), gate, then)
+    }
+
+    /// Whether it is this device.
+    pub(crate) fn is(&self, uuid: &str) -> bool {
+        self.inner.device.info().uuid == uuid
+    }
+
+    /// As [`Self::hold`], for a program that maps the copy beside the node. Waits until it is there.
+    ///
+    /// # Errors
+    /// [`NotLent`].
+    pub(crate) async fn lend(
+        &self,
+        files: &CheckpointFiles,
+        layout: Layout,
+        wanted: Wanted,
+        ours: Vec<u32>,
+        then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
+        may_write: bool,
+    ) -> Result<(Loan, DeviceSlab, Vec<OwnedFd>), NotLent> {
+        let cancelled = || NotLent::Start(StartFailure::Cancelled { model: files.key().name.clone() });
+        let lease = self.hold(files, layout, wanted, ours, then).await.map_err(NotLent::Start)?;
+        let mut landing = lease.landing.clone();
+        let landed =
+            landing.wait_for(|landing| !landing.is_coming()).await.map_err(|_| cancelled())?.failure();
+        if let Some(failure) = landed {
+            return Err(NotLent::Start(failure));
+        }
+        let slab = lease.find(|held| held.slab.clone()).ok_or_else(cancelled)?;
+        // One at a time, and no start meanwhile.
+        let _turn = self.inner.turn.lock().await;
+        let sums = match lease.find(|held| held.lent.clone()).ok_or_else(cancelled)? {
+            Some(lent) => lent.sums,
+            None => {
+                let sums = self.sums(slab.clone()).await;
+                sums.map_err(|error| NotLent::Start(self.failed(&files.key().name, &error)))?
+            }
+        };
+        let counted = lease.find(|held| {
+            // This one is a tenant, too.
+            if may_write && held.tenants > 1 {
+                return false;
+            }
+            let lent = held.lent.get_or_insert(Lent { sums, readers: 0, writers: 0 });
+            let count = if may_write { &mut lent.writers } else { &mut lent.readers };
+            *count += 1;
+            true
+        });
+        if !counted.ok_or_else(cancelled)? {
+            lease.keep();
+            return Err(NotLent::InUse);
+        }
+        let exported = lease.export();
+        let loan = Loan { lease: Some(lease), may_write, _slab: slab };
+        let (slab, granules) = exported.map_err(NotLent::Start)?;
+        Ok((loan, slab, granules))
+    }
+
+    /// As [`Self::join`]. A copy that programs have had is only joined when it is what it was before; one that a program may
+    /// write to at this moment stays that program's.
+    async fn join_checked(&self, key: &ModelKey) -> Option<Lease> {
+        let lease = self.join(key)?;
+        let found = lease.find(|held| Some((held.lent.clone()?, held.slab.clone())));
+        let Some((Lent { sums, writers, .. }, slab)) = found.flatten() else { return Some(lease) };
+        if writers == 0 {
+            match self.sums(slab).await {
+                Ok(now) if now == sums => {
+                    lease.find(|held| held.lent.take_if(|lent| lent.readers + lent.writers == 0));
+                    return Some(lease);
+                }
+                Ok(_) => {
+                    let (model, device) = (&key.name, &self.inner.name);
+                    tracing::error!(%model, device, "a copy that programs had is not what it was; it is loaded anew");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a copy that programs had can't be checked; it is loaded anew")
+                }
+            }
+        }
+        drop(self.forget(key, lease.number));
+        None
+    }
+
+    async fn sums(&self, slab: Slab) -> Result<Arc<[ChunkSum]>, DeviceError> {
+        let device = Arc::clone(&self.inner.device);
+        let sums = move || {
+            let bytes = slab.bytes().bytes();
+            let begins = (0..bytes.div_ceil(SUMMED)).map(|i| i * SUMMED);
+            let ranges: Vec<_> = begins.map(|at| (at, SUMMED.min(bytes - at))).collect();
+            device.sums(&slab, &ranges).map(Into::into)
+        };
+        tokio::task::spawn_blocking(sums).await.unwrap_or(Err(DeviceError::Closed))
     }
 
     /// Takes note of what there is, and of who has the rest when it is less than it should be.
@@ -343,6 +469,7 @@ impl Slabs {
                 cancel: cancel.clone(),
                 tenants: 1,
                 cached: None,
+                lent: None,
             };
             let number = held.number;
             state.models.insert(key.clone(), held);
@@ -453,9 +580,30 @@ impl Drop for Held {
     }
 }
 
+// === impl Loan ===
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        let Some(lease) = self.lease.take() else { return };
+        lease.find(|held| {
+            if let Some(lent) = &mut held.lent {
+                let count = if self.may_write { &mut lent.writers } else { &mut lent.readers };
+                *count = count.saturating_sub(1);
+            }
+        });
+        lease.keep();
+    }
+}
+
 // === impl Lease ===
 
 impl Lease {
+    /// Looks at what it holds; `None` when that isn't on the list any more.
+    fn find<T>(&self, look: impl FnOnce(&mut Held) -> T) -> Option<T> {
+        let mut state = self.slabs.inner.state.lock();
+        state.models.get_mut(&self.key).filter(|held| held.number == self.number).map(look)
+    }
+
     /// What a worker has to know to map it, and the descriptors.
     ///
     /// # Errors

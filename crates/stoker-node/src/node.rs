@@ -9,6 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use stoker_checkpoint::{Manifest, Trust};
+use stoker_io::LentPool;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{
     CheckpointFiles, Delivered, Evicted, Layout, LoadError, LoadReport, Priority, Resident, Store, Watermark,
@@ -26,8 +27,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     Catalog, CatalogEntry, Keeper, NodeConfig, NodeDevice, NodeError, RuntimeDir, WorkerConfig,
-    clients::Shared,
-    devices::{Landing, Slabs, Wanted},
+    clients::{NotShared, Shared, SharedSlab},
+    devices::{Landing, NotLent, Slabs, Wanted},
     fleet::{self, Fleet, Lease, NoWorker, WorkerView, Workshop},
     lodging::{Instances, Tenancy},
     memory::{self, Memory, MemoryConfig, PressureTrigger},
@@ -254,14 +255,7 @@ impl Node {
         let wanted = Wanted { beside, kv: *kv_bytes, context: *context };
         let layout = Layout::of_manifest(&manifest);
         let bytes = layout.bytes();
-        let (events, catalog, name) =
-            (self.inner.events.clone(), Arc::clone(&self.inner.catalog), model.clone());
-        let then = move |ended: Result<&Delivered, &LoadError>| match ended {
-            Ok(delivered) if delivered.resident.as_ref().is_some_and(Resident::joined) => {}
-            Ok(delivered) => tell_loaded(&events, &catalog, &name, &delivered.load),
-            Err(LoadError::ObjectChanged { .. }) => catalog.outdated(&name),
-            Err(_) => {}
-        };
+        let then = self.tell_delivered(model);
         let lease = slabs.hold(&files, layout, wanted, self.ours(), then).await?;
         let (slab, granules) = lease.export()?;
         load.slab = Some(slab);
@@ -322,9 +316,56 @@ impl Node {
         Ok(Shared { manifest_json, chunk_bytes: self.inner.store.chunk_bytes(), resident })
     }
 
-    /// A read-only descriptor of the pool.
-    pub(crate) fn pool(&self) -> std::io::Result<std::os::fd::OwnedFd> {
-        self.inner.store.pool_fd()
+    /// A model on a device, for a program that maps it there.
+    pub(crate) async fn share_on_device(
+        &self,
+        model: &ModelName,
+        uuid: &str,
+        may_write: bool,
+    ) -> Result<SharedSlab, NotShared> {
+        let prepared = self.on_catalog(model, Prepared::to_share).await.map_err(NotShared::Start)?;
+        let Prepared { files, manifest, manifest_json } = prepared;
+        let place = (0..).zip(&self.inner.places).find_map(|(id, place)| {
+            let slabs = place.slabs.as_ref().filter(|slabs| slabs.is(uuid))?;
+            Some((DeviceId(id), slabs))
+        });
+        let Some((device, slabs)) = place else {
+            return Err(NotShared::Unsupported(format!("the node doesn't serve from the device {uuid}")));
+        };
+        self.find_room(model).await;
+        let beside = self.inner.instances.beside_weights(device, slabs.work());
+        let wanted = Wanted { beside, kv: ByteSize::ZERO, context: 0 };
+        let then = self.tell_delivered(model);
+        let layout = Layout::of_manifest(&manifest);
+        let lent = slabs.lend(&files, layout, wanted, self.ours(), then, may_write).await;
+        let (loan, slab, granules) = lent.map_err(|error| match error {
+            NotLent::Start(failure) => NotShared::Start(failure),
+            NotLent::InUse => NotShared::Unsupported(format!(
+                "others use the copy of {model} on this device, and the driver can't map it for a program without write access; \
+                 load it without shared=True"
+            )),
+        })?;
+        Ok(SharedSlab { manifest_json, slab, granules, loan })
+    }
+
+    /// What to do when a delivery to a device has ended.
+    fn tell_delivered(
+        &self,
+        model: &ModelName,
+    ) -> impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static {
+        let (events, catalog, name) =
+            (self.inner.events.clone(), Arc::clone(&self.inner.catalog), model.clone());
+        move |ended: Result<&Delivered, &LoadError>| match ended {
+            Ok(delivered) if delivered.resident.as_ref().is_some_and(Resident::joined) => {}
+            Ok(delivered) => tell_loaded(&events, &catalog, &name, &delivered.load),
+            Err(LoadError::ObjectChanged { .. }) => catalog.outdated(&name),
+            Err(_) => {}
+        }
+    }
+
+    /// A read-only descriptor of the pool for a program, which may outlive this process.
+    pub(crate) fn lend_pool(&self) -> std::io::Result<LentPool> {
+        self.inner.store.lend_pool()
     }
 
     /// Drops what of a model is in memory or on a device and not in use, and gives the memory back to the operating system.

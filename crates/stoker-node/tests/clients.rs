@@ -113,7 +113,10 @@ async fn connect(socket: &Path) -> (UnixStream, OwnedFd) {
 }
 
 async fn ask(stream: &mut UnixStream, model: &str, protocol: u32) {
-    FrameWriter::new(stream).send(&Hold { protocol, model: model.to_owned() }).await.unwrap();
+    FrameWriter::new(stream)
+        .send(&Hold { protocol, model: model.to_owned(), ..Hold::default() })
+        .await
+        .unwrap();
 }
 
 /// The answer, after whatever is said of progress.
@@ -136,7 +139,7 @@ async fn a_program_maps_a_model_and_holds_it_while_it_is_connected() {
     let (mut first, pool) = connect(&bed.socket).await;
     ask(&mut first, "tiny", PROTOCOL_VERSION).await;
     let to_client::Kind::Held(held) = answer(&mut first).await else { panic!("refused") };
-    let Held { manifest_json, chunk_bytes, files } = held;
+    let Held { manifest_json, chunk_bytes, files, slab: _ } = held;
     let manifest = Manifest::parse(Path::new("manifest"), &manifest_json).unwrap();
     assert_eq!(manifest.files[0].path, bed.weights);
     let map = MappedFile::map(&pool, files[0].len, chunk_bytes, &files[0].slots).unwrap();

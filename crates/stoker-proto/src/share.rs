@@ -19,7 +19,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-pub use crate::control::FileSlots;
+pub use crate::control::{DeviceSlab, FileSlots};
 
 /// The node's first byte, which carries the descriptor.
 pub const HANDOVER_BYTE: u8 = b'C';
@@ -33,6 +33,12 @@ pub struct Hold {
     /// By its name on the node.
     #[prost(string, tag = "2")]
     pub model: String,
+    /// Its copy on the device with this UUID; empty: in memory.
+    #[prost(string, tag = "3")]
+    pub device: String,
+    /// The program can't map a device's memory without write access.
+    #[prost(bool, tag = "4")]
+    pub may_write: bool,
 }
 
 /// From the node.
@@ -81,6 +87,9 @@ pub struct Held {
     /// The weight files in the manifest's order.
     #[prost(message, repeated, tag = "3")]
     pub files: Vec<FileSlots>,
+    /// Its copy on a device, instead of the files. The memory's descriptors come with the frame.
+    #[prost(message, optional, tag = "4")]
+    pub slab: Option<DeviceSlab>,
 }
 
 /// It can't be had.
@@ -108,6 +117,8 @@ pub enum Refusal {
     Corrupt = 3,
     /// Its files were replaced while they were asked for: ask again.
     Changed = 4,
+    /// The node can't share it like this.
+    Unsupported = 5,
 }
 
 /// Sends the pool's descriptor.

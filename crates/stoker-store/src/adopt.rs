@@ -18,6 +18,7 @@ use stoker_io::{AdoptedPool, Chunk, ChunkPool, PoolMemory, Record};
 use stoker_types::{ByteSize, ModelName, clock};
 
 use crate::{
+    borrowed::Borrowed,
     cache::Cache,
     error::OpenError,
     files::{CheckpointFiles, ChunkRef, SourceFile},
@@ -46,6 +47,8 @@ pub struct Adoption {
     pub damaged: usize,
     /// Chunks that the budget has no room for.
     pub evicted: usize,
+    /// Slots that programs of the store before have still mapped: they stay as they are for as long.
+    pub lent: usize,
     /// Time in all.
     pub total: Duration,
     /// Of it, for the sums.
@@ -61,8 +64,9 @@ struct Candidate {
 }
 
 impl Store {
-    /// As [`Self::open`], with memory that another store left ([`Self::memory`]), whose process has ended, as have all
-    /// that had its memory mapped. `known` says what a model's files are now. Blocks for as long as the sums of all that
+    /// As [`Self::open`], with memory that another store left ([`Self::memory`]), whose process has ended, as have its
+    /// workers. What programs have mapped to whom it was lent ([`Self::lend`]) is neither evicted nor written to until they have
+    /// let go. `known` says what a model's files are now. Blocks for as long as the sums of all that
     /// is in memory take: with several cores about 20 ms for each GiB.
     ///
     /// # Errors
@@ -73,9 +77,11 @@ impl Store {
         known: impl Fn(&ModelName) -> Option<CheckpointFiles>,
     ) -> Result<(Self, Adoption), OpenError> {
         let begun = clock::now();
-        let AdoptedPool { pool, chunks, damaged } =
+        let AdoptedPool { pool, chunks, damaged, lent, orphans } =
             ChunkPool::adopt(memory, config.capacity.max(config.budget), config.chunk)?;
-        let mut adoption = Adoption { damaged, ..Adoption::default() };
+        let slots = lent.iter().map(ExactSizeIterator::len).sum();
+        let mut adoption = Adoption { damaged, lent: slots, ..Adoption::default() };
+        let lent = Borrowed::new(&lent, &chunks, orphans);
         let (models, candidates) = identify(chunks, pool.chunk_bytes() as u64, known, &mut adoption);
 
         let checking = clock::now();
@@ -84,12 +90,14 @@ impl Store {
         adoption.wrong = wrong;
 
         let budget = config.budget;
-        let store = Self::over(config, pool)?;
-        let shared = store.shared();
+        let mut store = Self::over(config, pool)?;
         {
-            let state = &mut *shared.lock();
+            let state = &mut *store.shared().lock();
             adoption.changed += place(&mut state.cache, &models, right);
         }
+        // Before anything is evicted.
+        store.keep_lent(lent)?;
+        let shared = store.shared();
         adoption.evicted = shared.set_budget(budget);
         let residency = shared.stats().residency;
         adoption.models = residency.len();

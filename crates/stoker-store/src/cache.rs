@@ -81,6 +81,12 @@ impl Cache {
         self.models.get_mut(key)
     }
 
+    /// The model of which a chunk lies in a slot.
+    pub(crate) fn whose(&self, slot: u32) -> Option<ModelKey> {
+        let has = |model: &Model| model.slots().any(|its| its == slot);
+        self.models.iter().find(|(_, model)| has(model)).map(|(key, _)| key.clone())
+    }
+
     pub(crate) fn evictions(&self) -> Evictions {
         self.evictions
     }

@@ -42,7 +42,8 @@ const RING_CHUNKS: usize = 16;
 pub struct DeviceTarget {
     /// The device.
     pub device: Arc<dyn Device>,
-    /// Memory on it, at least as long as the layout. It is written to until the load has ended, however it ends.
+    /// Memory on it, at least as long as the layout. It is written to until the load has ended, however it ends; a granule is
+    /// held until everything has arrived that lies in it.
     pub slab: Slab,
     /// Where tensors lie in it.
     pub layout: Arc<Layout>,
@@ -182,6 +183,8 @@ impl Delivering {
         let published = Arc::new(published);
         let mut runs = JoinSet::new();
         for (index, (source, targets)) in ways.into_iter().enumerate() {
+            let targets = targets.into_iter().map(|target| Destination::new(files, target));
+            let targets = targets.collect::<Result<_, _>>()?;
             let (shared, files, cancel) = (Arc::clone(shared), files.clone(), cancel.clone());
             let delivery = Delivery { shared, files, targets, cancel, started };
             runs.spawn(delivery.run(source, Lane { index, published: Arc::clone(&published) }));
@@ -260,13 +263,44 @@ impl Delivered {
 struct Delivery {
     shared: Arc<Shared>,
     files: CheckpointFiles,
-    targets: Vec<DeviceTarget>,
+    targets: Vec<Destination>,
     cancel: CancellationToken,
     started: Duration,
 }
 
+/// What a device still gets.
+struct Destination {
+    device: Arc<dyn Device>,
+    layout: Arc<Layout>,
+    /// By place in the order: what of each chunk goes where, and the memory for it. Taken by the chunk's copy.
+    chunks: Vec<Option<(Vec<Cut>, Slab)>>,
+}
+
+// === impl Destination ===
+
+impl Destination {
+    /// Lets go of the slab but for what each chunk goes to: so it goes with what has arrived.
+    fn new(files: &CheckpointFiles, target: DeviceTarget) -> Result<Self, LoadError> {
+        let DeviceTarget { device, slab, layout } = target;
+        let part = |at: &ChunkRef| {
+            let cuts = layout.cuts(files, *at);
+            if cuts.is_empty() {
+                return Ok(None);
+            }
+            let words = layout.arrival(files, *at).map(|word| (word, 4));
+            let slab = slab.only(cuts.iter().map(|cut| (cut.to, cut.bytes())).chain(words))?;
+            Ok(Some((cuts, slab)))
+        };
+        let chunks = files.order().iter().map(part).collect::<Result<_, _>>();
+        let failed = |source| LoadError::Device { model: files.key().name.clone(), source };
+        Ok(Self { chunks: chunks.map_err(failed)?, device, layout })
+    }
+}
+
+// === impl Delivery ===
+
 impl Delivery {
-    async fn run(self, mut source: Source, lane: Lane) -> Result<Delivered, LoadError> {
+    async fn run(mut self, mut source: Source, lane: Lane) -> Result<Delivered, LoadError> {
         let mut flights = Flights::new(lane);
         let passed = self.pass(&mut source, &mut flights).await;
         // However it went: the slab is nobody else's while the device still writes to it.
@@ -292,7 +326,7 @@ impl Delivery {
     }
 
     /// Queues every chunk.
-    async fn pass(&self, source: &mut Source, flights: &mut Flights) -> Result<(), LoadError> {
+    async fn pass(&mut self, source: &mut Source, flights: &mut Flights) -> Result<(), LoadError> {
         for position in 0.. {
             let next = tokio::select! {
                 biased;
@@ -420,22 +454,19 @@ impl Flights {
     /// Has every device copy what it gets of a chunk.
     fn queue(
         &mut self,
-        delivery: &Delivery,
+        delivery: &mut Delivery,
         position: usize,
         at: ChunkRef,
         from: Box<dyn HostBytes>,
         place: OwnedSemaphorePermit,
     ) {
         let bytes = delivery.files.chunk_len(at);
-        let mut copies: Vec<_> = delivery
-            .targets
-            .iter()
-            .map(|target| (target, target.layout.cuts(&delivery.files, at)))
-            .filter(|(_, cuts)| !cuts.is_empty())
-            .collect();
+        let take =
+            |(index, target): (usize, &mut Destination)| Some((index, target.chunks[position].take()?));
+        let mut copies: Vec<_> = delivery.targets.iter_mut().enumerate().filter_map(take).collect();
         let left = AtomicUsize::new(copies.len());
         let chunk = Arc::new(Landing { at, position, bytes, left, _place: place });
-        let Some((target, cuts)) = copies.pop() else {
+        let Some((target, to)) = copies.pop() else {
             drop(from);
             self.queued += 1;
             // This value has the receiver.
@@ -443,24 +474,25 @@ impl Flights {
             return;
         };
         if copies.is_empty() {
-            return self.copy(delivery, target, cuts, from, chunk);
+            return self.copy(delivery, target, to, from, chunk);
         }
         let from = SharedBytes(Arc::from(from));
-        copies.push((target, cuts));
-        for (target, cuts) in copies {
-            self.copy(delivery, target, cuts, Box::new(from.clone()), Arc::clone(&chunk));
+        copies.push((target, to));
+        for (target, to) in copies {
+            self.copy(delivery, target, to, Box::new(from.clone()), Arc::clone(&chunk));
         }
     }
 
     fn copy(
         &mut self,
         delivery: &Delivery,
-        target: &DeviceTarget,
-        cuts: Vec<Cut>,
+        target: usize,
+        (cuts, to): (Vec<Cut>, Slab),
         from: Box<dyn HostBytes>,
         chunk: Arc<Landing>,
     ) {
         self.queued += 1;
+        let target = &delivery.targets[target];
         let sender = self.sender.clone();
         let copied: u64 = cuts.iter().map(Cut::bytes).sum();
         let arrival = target.layout.arrival(&delivery.files, chunk.at);
@@ -472,7 +504,7 @@ impl Flights {
             // Nobody waits for it when the runtime is going down.
             let _ = sender.send(Ended { chunk, last, result });
         });
-        target.device.copy(Transfer { from, to: target.slab.clone(), cuts, arrival, done });
+        target.device.copy(Transfer { from, to, cuts, arrival, done });
     }
 
     fn note(&mut self, delivery: &Delivery, ended: Ended) -> Result<(), LoadError> {
@@ -864,6 +896,41 @@ mod tests {
         drop(target);
         assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO, "no copy holds it any more");
         assert_eq!(device.modelled(), busy);
+    }
+
+    #[tokio::test]
+    async fn memory_whose_tensors_are_gone_goes_while_others_are_on_their_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), "m", 64);
+        let chunks = model.files.order().len() as u64;
+        for keep in [Keep::All, Keep::Nothing { ring_chunks: 4 }] {
+            let store = store(80);
+            let device = device(SimulatedOptions::default());
+            let granule = ByteSize(4 * CHUNK);
+            let slab = device.allocate(model.layout.bytes(), granule).unwrap();
+            let whole = device.memory().unwrap().slabs;
+            let parts = model
+                .ranges
+                .iter()
+                .zip(model.layout.tensors())
+                .map(|(range, at)| slab.part(*at, range.len).unwrap());
+            let mut parts: Vec<_> = parts.collect();
+            // A quarter of it stays away.
+            let most = ByteSize(chunks * CHUNK / 4 * 3);
+            device.pause_after(most);
+            let target = DeviceTarget { device: device.clone(), slab, layout: Arc::clone(&model.layout) };
+            let delivering = store.deliver(&model.files, target, keep, Priority::Demand).unwrap();
+            let mut arrived = delivering.arrived();
+            arrived.wait_for(|arrived| *arrived >= chunks * CHUNK / 2).await.unwrap();
+            assert_eq!(device.memory().unwrap().slabs, whole, "tensors keep it");
+            parts.clear();
+            let left = device.memory().unwrap().slabs;
+            assert!(left < whole && left >= ByteSize(chunks * CHUNK / 4), "{left} of {whole}");
+            assert!(left <= ByteSize(chunks * CHUNK / 2 + 4 * granule.bytes()), "{left} of {whole}");
+            device.resume();
+            delivering.wait(&CancellationToken::new()).await.unwrap();
+            assert_eq!(device.memory().unwrap().slabs, ByteSize::ZERO);
+        }
     }
 
     #[tokio::test]

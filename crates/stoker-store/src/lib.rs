@@ -74,6 +74,7 @@
 //! `stoker_store_tee_skipped_total{reason}`, `stoker_store_copies_landed_total`, `stoker_store_ssd_evictions_total`.
 
 mod adopt;
+mod borrowed;
 mod cache;
 mod check;
 mod deliver;

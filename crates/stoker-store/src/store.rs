@@ -4,12 +4,13 @@ use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
 use stoker_device::Device;
-use stoker_io::{ChunkPool, LocalFiles, Open, OpenRemote, PoolMemory, ReadMode, ReadThreads, Work};
+use stoker_io::{ChunkPool, LentPool, LocalFiles, Open, OpenRemote, PoolMemory, ReadMode, ReadThreads, Work};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    borrowed::{Borrowed, Watch},
     check::Checked,
     deliver::{Delivering, DeviceTarget, Keep},
     error::{LoadError, OpenError},
@@ -60,6 +61,8 @@ pub struct StoreConfig {
 pub struct Store {
     shared: Arc<Shared>,
     _owner: Arc<Owner>,
+    /// Of what programs of the store before have mapped.
+    _lent: Option<Arc<Watch>>,
 }
 
 struct Owner {
@@ -138,7 +141,7 @@ impl Store {
         let threads =
             ReadThreads::start(read_threads, &work, shared.wake.clone()).map_err(OpenError::Threads)?;
         let owner = Arc::new(Owner { shared: Arc::clone(&shared), threads: Some(threads), tee });
-        Ok(Self { shared, _owner: owner })
+        Ok(Self { shared, _owner: owner, _lent: None })
     }
 
     /// Begins to load a model, or joins the load that is under way. See [`Loading::wait`].
@@ -352,6 +355,21 @@ impl Store {
     /// The operating system's.
     pub fn memory(&self) -> io::Result<Option<PoolMemory>> {
         self.shared.pool.memory()
+    }
+
+    /// A descriptor of the pool for a program that may outlive this process, with the slots that it has: a store that takes
+    /// the memory over leaves those as they are.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn lend_pool(&self) -> io::Result<LentPool> {
+        self.shared.pool.lend()
+    }
+
+    /// Keeps what programs of the store before have mapped. Once, before the store is used.
+    pub(crate) fn keep_lent(&mut self, lent: Borrowed) -> Result<(), OpenError> {
+        self._lent = lent.keep(&self.shared).map_err(OpenError::Threads)?.map(Arc::new);
+        Ok(())
     }
 
     pub(crate) fn shared(&self) -> &Shared {

@@ -209,6 +209,13 @@ impl StreamedChunk {
     pub fn slot(&self) -> u32 {
         self.chunk.slot()
     }
+
+    /// The chunk by itself, to be kept for longer than the stream. Its place in the ring goes to another one, for which the
+    /// pool must have room beside.
+    #[must_use]
+    pub fn keep(self) -> Chunk {
+        self.chunk
+    }
 }
 
 impl Deref for StreamedChunk {

@@ -12,12 +12,12 @@ use stoker_types::{ByteSize, ChunkSum};
 use super::{
     context::{Context, Event, Stream},
     link::{Link, Way},
-    memory::Mapping,
+    memory::{Access, Mapping},
     sums::Sums,
     topology,
 };
 use crate::{
-    device::{Device, Transfer},
+    device::{Device, Transfer, Window},
     error::DeviceError,
     info::{self, DeviceInfo, DeviceMemory},
     queue::Queue,
@@ -110,8 +110,13 @@ impl CudaDevice {
         bytes: ByteSize,
         granule: ByteSize,
     ) -> Result<Slab, DeviceError> {
-        let mapping =
-            Mapping::import(&self.context, granules, bytes.bytes(), granule.bytes(), &self.helpers)?;
+        let mapping = Mapping::import(
+            &self.context,
+            granules,
+            bytes.bytes(),
+            granule.bytes(),
+            Access::Write(&self.helpers),
+        )?;
         Ok(self.slab(mapping))
     }
 
@@ -193,6 +198,22 @@ impl Device for CudaDevice {
             Ok((slab.address() + at, len))
         };
         sums.of(&ranges.iter().map(address).collect::<Result<Vec<_>, DeviceError>>()?)
+    }
+
+    fn maps_read_only(&self) -> Result<bool, DeviceError> {
+        Mapping::can_be_read_only(&self.context)
+    }
+
+    fn window(
+        &self,
+        granules: &[OwnedFd],
+        bytes: ByteSize,
+        granule: ByteSize,
+    ) -> Result<Window, DeviceError> {
+        let read_only = self.maps_read_only()?;
+        let access = if read_only { Access::Read } else { Access::Write(&[]) };
+        let mapping = Mapping::import(&self.context, granules, bytes.bytes(), granule.bytes(), access)?;
+        Ok(Window::new(mapping.address(), bytes, read_only, mapping))
     }
 
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
 use std::{
+    collections::BTreeSet,
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     sync::{Arc, atomic::Ordering},
 };
@@ -14,7 +15,7 @@ use cudarc::driver::sys::{
 };
 
 use super::context::Context;
-use crate::error::DeviceError;
+use crate::{error::DeviceError, slab::Granules};
 
 const HANDLE_TYPE: CUmemAllocationHandleType =
     CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
@@ -23,8 +24,17 @@ const HANDLE_TYPE: CUmemAllocationHandleType =
 pub(crate) struct Mapping {
     addresses: Arc<Addresses>,
     granule: u64,
-    /// Those that are mapped, in order.
-    granules: Vec<Arc<Granule>>,
+    /// Those that are mapped, in order; or some of them ([`Mapping::only`]).
+    granules: Granules<Granule>,
+}
+
+/// Who may do what with memory.
+#[derive(Clone, Copy)]
+pub(crate) enum Access<'a> {
+    /// This device may read it.
+    Read,
+    /// This device and its peers may read and write it.
+    Write(&'a [Arc<Context>]),
 }
 
 /// A reserved range of addresses.
@@ -66,7 +76,7 @@ impl Mapping {
             };
             mapping.map(handle, len)?;
         }
-        mapping.allow(0, peers)?;
+        mapping.allow(0, Access::Write(peers))?;
         Ok(mapping)
     }
 
@@ -94,7 +104,7 @@ impl Mapping {
             let handle =
                 create(&context, len, &prop)?.ok_or_else(|| context.out_of_memory(bytes - before))?;
             self.map(handle, len)?;
-            self.allow(before, &[])?;
+            self.allow(before, Access::Write(&[]))?;
         }
         Ok(())
     }
@@ -105,7 +115,7 @@ impl Mapping {
         granules: &[OwnedFd],
         bytes: u64,
         granule: u64,
-        peers: &[Arc<Context>],
+        access: Access<'_>,
     ) -> Result<Self, DeviceError> {
         let prop = properties(context);
         let step = granularity(context, &prop)?;
@@ -129,8 +139,25 @@ impl Mapping {
             context.check("cuMemImportFromShareableHandle", imported)?;
             mapping.map(handle, len)?;
         }
-        mapping.allow(0, peers)?;
+        mapping.allow(0, access)?;
         Ok(mapping)
+    }
+
+    /// Whether the driver maps a device's memory without write access: it is asked with a granule of its smallest size.
+    pub(crate) fn can_be_read_only(context: &Arc<Context>) -> Result<bool, DeviceError> {
+        let prop = properties(context);
+        let step = granularity(context, &prop)?;
+        let mut mapping = Self::reserve(context, step, step)?;
+        let handle = create(context, step, &prop)?.ok_or_else(|| context.out_of_memory(step))?;
+        mapping.map(handle, step)?;
+        match mapping.allow(0, Access::Read) {
+            Ok(()) => Ok(true),
+            Err(lost @ DeviceError::Lost { .. }) => Err(lost),
+            Err(refused) => {
+                tracing::debug!(%refused, "device memory can't be mapped without write access");
+                Ok(false)
+            }
+        }
     }
 
     pub(crate) fn address(&self) -> CUdeviceptr {
@@ -146,7 +173,7 @@ impl Mapping {
     }
 
     /// The granules, in order: all are whole but the last.
-    pub(crate) fn granules(&self) -> &[Arc<Granule>] {
+    pub(crate) fn granules(&self) -> &Granules<Granule> {
         &self.granules
     }
 
@@ -154,7 +181,7 @@ impl Mapping {
     pub(crate) fn export(&self) -> Result<Vec<OwnedFd>, DeviceError> {
         let context = &self.addresses.context;
         context.bind()?;
-        let export_one = |granule: &Arc<Granule>| {
+        let export_one = |granule: &Granule| {
             let handle = granule.handle;
             let mut fd: RawFd = -1;
             // SAFETY: the handle lives; the driver writes one descriptor, which is the caller's from then on.
@@ -167,6 +194,12 @@ impl Mapping {
         self.granules.iter().map(export_one).collect()
     }
 
+    /// The same, keeping only the granules with these numbers. It is not to grow.
+    pub(crate) fn only(&self, numbers: &BTreeSet<usize>) -> Self {
+        let Self { addresses, granule, granules } = self;
+        Self { addresses: Arc::clone(addresses), granule: *granule, granules: granules.only(numbers) }
+    }
+
     fn reserve(context: &Arc<Context>, bytes: u64, granule: u64) -> Result<Self, DeviceError> {
         context.bind()?;
         let mut first = 0;
@@ -174,7 +207,7 @@ impl Mapping {
         let reserved = unsafe { sys::cuMemAddressReserve(&raw mut first, to_usize(bytes), 0, 0, 0) };
         context.check("cuMemAddressReserve", reserved)?;
         let addresses = Arc::new(Addresses { context: Arc::clone(context), first, bytes });
-        Ok(Self { addresses, granule, granules: Vec::new() })
+        Ok(Self { addresses, granule, granules: Granules::all([]) })
     }
 
     /// Puts the next granule in its place. It is this value's to release from here on, whatever happens.
@@ -188,18 +221,19 @@ impl Mapping {
             return Err(error);
         }
         context.slabs.fetch_add(bytes, Ordering::Relaxed);
-        self.granules.push(Arc::new(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle }));
+        self.granules.push(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle });
         Ok(())
     }
 
-    /// Gives this device, and `peers`, access to what is mapped from byte `from` on.
-    fn allow(&self, from: u64, peers: &[Arc<Context>]) -> Result<(), DeviceError> {
+    /// Gives access to what is mapped from byte `from` on.
+    fn allow(&self, from: u64, access: Access<'_>) -> Result<(), DeviceError> {
         let Addresses { context, first, .. } = &*self.addresses;
         let (at, bytes) = (first + from, self.mapped() - from);
-        let allow = |context: &Arc<Context>| CUmemAccessDesc {
-            location: location(context),
-            flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        let (flags, peers) = match access {
+            Access::Read => (CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READ, &[][..]),
+            Access::Write(peers) => (CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE, peers),
         };
+        let allow = |context: &Arc<Context>| CUmemAccessDesc { location: location(context), flags };
         let who: Vec<_> = std::iter::once(context).chain(peers).map(allow).collect();
         // SAFETY: the range is mapped; the list is as long as it says.
         let allowed = unsafe { sys::cuMemSetAccess(at, to_usize(bytes), who.as_ptr(), who.len()) };

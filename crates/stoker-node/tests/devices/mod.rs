@@ -1,18 +1,30 @@
 //! A node that serves from devices: simulated ones, whose workers are this executable, with the engine for processors.
 
-use std::{collections::HashMap, num::NonZeroU32, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    num::NonZeroU32,
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use stoker_checkpoint::{Source, Tensor};
 use stoker_device::{Device, DeviceError, SimulatedDevice, SimulatedOptions};
-use stoker_node::{CatalogEntry, MemoryConfig, NodeDevice, WorkerConfig};
-use stoker_proto::stream::{FailureCode, Finish};
+use stoker_node::{CatalogEntry, ClientSocket, MemoryConfig, NodeDevice, WorkerConfig};
+use stoker_proto::{
+    DescriptorReader, FrameReader, FrameWriter, PROTOCOL_VERSION,
+    share::{self, ToClient, to_client},
+    stream::{FailureCode, Finish},
+};
 use stoker_types::{
     ByteSize, BytesPerSec, DType, DeviceId, InstanceId, NodeEvent, Phase, StartFailure, StopFailure,
     StopMode, Tier, TierBytes, WorkerState,
 };
 use stoker_worker::{StandIn, WorkerArgs, WorkerDevice};
-use tokio::time::timeout;
+use tokio::{net::UnixStream, time::timeout};
 
 use crate::support::{
     Bed, Models,
@@ -269,6 +281,118 @@ async fn another_worker_takes_over_what_a_killed_one_had_on_the_device() {
     assert_eq!((state.cached, state.weights), (used, used));
     sim.bed.node.evict(&name("tiny-llama3")).await;
     assert_eq!(sim.used(0), ByteSize::ZERO);
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+/// A program's connection, and the descriptors of the copy that it was given; or why it wasn't.
+async fn program(
+    socket: &Path,
+    model: &str,
+    may_write: bool,
+) -> Result<(UnixStream, Vec<OwnedFd>), share::Refused> {
+    let path = socket.to_owned();
+    let connecting = tokio::task::spawn_blocking(move || {
+        let stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+        share::receive_pool(&stream).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream
+    });
+    let mut stream = UnixStream::from_std(connecting.await.unwrap()).unwrap();
+    let (read, write) = stream.split();
+    let hold = share::Hold {
+        protocol: PROTOCOL_VERSION,
+        model: model.to_owned(),
+        device: "SIM-0".to_owned(),
+        may_write,
+    };
+    FrameWriter::new(write).send(&hold).await.unwrap();
+    let mut reader = FrameReader::new(DescriptorReader::new(read));
+    let message: ToClient = timeout(PATIENCE, reader.next()).await.unwrap().unwrap().unwrap();
+    match message.kind.unwrap() {
+        to_client::Kind::Held(held) => {
+            let granules = usize::try_from(held.slab.unwrap().granules).unwrap();
+            let granules = reader.inner_mut().take(granules).unwrap();
+            Ok((stream, granules))
+        }
+        to_client::Kind::Refused(refused) => Err(refused),
+        to_client::Kind::Progress(progress) => panic!("{progress:?}"),
+    }
+}
+
+/// As an operation in place would.
+fn write_to(granule: &OwnedFd) {
+    let path = format!("/proc/self/fd/{}", granule.as_raw_fd());
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 64], 4096).unwrap();
+}
+
+#[tokio::test]
+async fn what_a_program_does_to_a_copy_changes_nothing_that_others_compute() {
+    const MODEL: &str = "tiny-llama";
+    let rate = Some(BytesPerSec(1e9));
+    let sim = Sim::over(
+        vec![device(0, ByteSize::mib(64), rate)],
+        one_worker("devices::real_worker"),
+        tiny_models(),
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("clients.sock");
+    let clients = ClientSocket::listen(&socket, sim.bed.node.clone()).unwrap();
+    let copied = || sim.devices[0].modelled();
+    let compute = async || {
+        let order = sim.order(MODEL);
+        let started = sim.bed.node.start(order.clone()).await.unwrap();
+        let mut client = Client::connect(&started.socket).await;
+        check_reference(MODEL, &mut client, order.generation.0).await;
+        order
+    };
+    let stop = async |order: stoker_types::StartOrder| {
+        sim.bed.node.stop(order.instance, StopMode::IfIdle).await.unwrap();
+    };
+    let let_go = async || {
+        sim.bed.until("the program's hold is gone", |s| s.devices[0].cached > ByteSize::ZERO).await;
+    };
+
+    // One that reads: it and an instance have one copy.
+    let reader = program(&socket, MODEL, false).await.unwrap();
+    let (once, slab) = (copied(), sim.used(0));
+    let order = compute().await;
+    assert_eq!((copied(), sim.used(0)), (once, slab));
+    let refused = program(&socket, MODEL, true).await.unwrap_err();
+    assert_eq!(refused.reason(), share::Refusal::Unsupported, "{refused:?}");
+    stop(order).await;
+    assert_eq!(sim.bed.node.evict(&name(MODEL)).await.freed, ByteSize::ZERO);
+    assert_eq!(sim.used(0), slab, "a program has it");
+    drop(reader);
+    let_go().await;
+    stop(compute().await).await;
+    assert_eq!(
+        (copied(), sim.used(0)),
+        (once, ByteSize::ZERO),
+        "it was as before, and is gone with its instance"
+    );
+
+    // One that may write: what is computed meanwhile is computed from another copy.
+    let writer = program(&socket, MODEL, true).await.unwrap();
+    write_to(&writer.1[0]);
+    let order = compute().await;
+    assert_eq!((copied(), sim.used(0)), (3 * once, 2 * slab));
+    drop(writer);
+    while sim.used(0) > slab {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    stop(order).await;
+
+    // One that has written, however it did that.
+    let (stream, granules) = program(&socket, MODEL, false).await.unwrap();
+    write_to(&granules[0]);
+    drop((stream, granules));
+    let_go().await;
+    let before = copied();
+    stop(compute().await).await;
+    assert_eq!(copied(), before + once, "loaded anew");
+    sim.emptied().await;
+    clients.stop().await;
     sim.bed.node.shutdown(Duration::ZERO).await;
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use crate::common::{CHUNK, Fixture, Model, Random, bytes, describe, rot};
 use stoker_checkpoint::Trust;
-use stoker_io::{Fault, FaultKind, Gate, PoolMemory};
+use stoker_io::{Fault, FaultKind, Gate, MappedFile, PoolMemory};
 use stoker_store::{
     Adoption, CheckpointFiles, LoadError, OpenError, Priority, Store, StoreConfig, StreamOptions,
 };
@@ -88,6 +88,67 @@ async fn what_was_evicted_or_not_yet_there_is_read() {
     let adoption = restart(&mut fixture, 8, &[&part, &other]);
     assert_eq!((adoption.chunks, adoption.unknown, adoption.changed), (8, 0, 0));
     assert_eq!(read_for(&fixture, &part).await, 2 * CHUNK as u64);
+}
+
+/// A program has models mapped whose node was killed; one of them is known no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_programs_have_mapped_stays_until_they_let_go() {
+    let mut fixture = Fixture::new(12);
+    let known = fixture.model("known", &[4 * CHUNK], Trust::Chunk);
+    let gone = fixture.model("gone", &[3 * CHUNK], Trust::Chunk);
+    let other = fixture.model("other", &[3 * CHUNK], Trust::Chunk);
+    let mut maps = Vec::new();
+    for model in [&known, &gone] {
+        let resident = fixture.load(model).await.unwrap();
+        let slots = resident.files()[0].slots.clone();
+        let lent = fixture.store.lend_pool().unwrap();
+        lent.hold(slots.iter().copied()).unwrap();
+        let len = slots.len() * CHUNK;
+        maps.push(MappedFile::map(lent.fd(), len as u64, CHUNK as u64, &slots).unwrap());
+    }
+    fixture.load(&other).await.unwrap();
+    let before: Vec<Vec<u8>> = maps.iter().map(|map| map.to_vec()).collect();
+
+    let adoption = restart(&mut fixture, 12, &[&known, &other]);
+    assert_eq!((adoption.chunks, adoption.unknown, adoption.lent), (7, 3, 7));
+    let held = |fixture: &Fixture| fixture.store.stats().mapped.bytes() / CHUNK as u64;
+    assert_eq!(held(&fixture), 7, "as if they were its own clients");
+    assert_eq!(fixture.store.evict(&known.files.key().name).await.freed, ByteSize::ZERO);
+    // Whatever else is loaded finds its place beside: five slots.
+    for (i, chunks) in [5, 4, 5, 3].into_iter().enumerate() {
+        let another = fixture.model(&format!("another-{i}"), &[chunks * CHUNK], Trust::Chunk);
+        assert!(read_for(&fixture, &another).await > 0);
+    }
+    let large = fixture.model("large", &[6 * CHUNK], Trust::Chunk);
+    let error = fixture.load(&large).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { .. }), "{error}");
+    assert_eq!(read_for(&fixture, &known).await, 0);
+    assert!(maps.iter().zip(&before).all(|(map, before)| map[..] == before[..]), "every byte as it was");
+
+    // A second restart changes nothing for them; then one program after the other lets go.
+    let adoption = restart(&mut fixture, 12, &[&known, &other]);
+    assert_eq!(adoption.lent, 7);
+    assert!(maps.iter().zip(&before).all(|(map, before)| map[..] == before[..]));
+    let room = |fixture: &Fixture| fixture.store.begin(&large.files, Priority::Demand).is_ok();
+    assert!(!room(&fixture));
+    maps.pop();
+    let came_back = async {
+        while !room(&fixture) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), came_back).await.expect("the slots of no model come back");
+    assert_eq!(held(&fixture), 4);
+    assert!(maps[0][..] == before[0][..]);
+    maps.clear();
+    let came_back = async {
+        while held(&fixture) > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), came_back).await.expect("the model is held no more");
+    let all = fixture.model("all", &[12 * CHUNK], Trust::Chunk);
+    assert!(read_for(&fixture, &all).await > 0);
 }
 
 /// Only the hash of a whole file is known, and the load was killed before that was checked.
