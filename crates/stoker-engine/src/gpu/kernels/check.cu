@@ -6,7 +6,6 @@
 #include <random>
 #include <string>
 #include <vector>
-#define STOKER_FLOATS_ONLY
 #include "stoker.cu"
 
 #define CHECK(x)                                                                                   \
@@ -72,16 +71,25 @@ static float milliseconds(const std::function<void()>& work, int times) {
 constexpr uint32_t TILES = 600;
 
 enum Kind { FEW8, FEW32, DIVIDED, MANY };
-static void matmul(Kind kind, bool pair, const Matmul& p, uint32_t features) {
+typedef void (*Product)(Matmul);
+// By kind, plain and paired.
+struct Products {
+  Product of[4][2];
+};
+#define PRODUCTS(NAME)                                                                                                         \
+  Products{{{few8_##NAME, few8_pair_##NAME}, {few32_##NAME, few32_pair_##NAME}, {divided_##NAME, divided_pair_##NAME},         \
+            {many_##NAME, many_pair_##NAME}}}
+
+static void matmul(Kind kind, bool pair, const Matmul& p, uint32_t features, const Products& products = PRODUCTS(f16)) {
   const uint32_t out = pair ? 2 : 1;
   auto grid = [&](uint32_t rows) { return (features * out + rows - 1) / rows; };
-  if (kind == FEW8) launch(pair ? few8_pair_f16 : few8_f16, grid(pair ? 32 : 16), 256, 0, p);
-  if (kind == FEW32) launch(pair ? few32_pair_f16 : few32_f16, grid(32), 256, 0, p);
+  const Product of = products.of[kind][pair];
+  if (kind == FEW8) launch(of, grid(pair ? 32 : 16), 256, 0, p);
+  if (kind == FEW32) launch(of, grid(32), 256, 0, p);
   const dim3 tiles(grid(ROWS), (p.tokens + TOKENS - 1) / TOKENS, kind == DIVIDED ? SEGMENTS : 1);
   const size_t shared = STAGES * (ROWS + TOKENS) * 128;
   if (kind == DIVIDED && tiles.x * tiles.y > TILES) return;
-  if (kind == DIVIDED) launch(pair ? divided_pair_f16 : divided_f16, tiles, 256, shared, p);
-  if (kind == MANY) launch(pair ? many_pair_f16 : many_f16, tiles, 256, shared, p);
+  if (kind >= DIVIDED) launch(of, tiles, 256, shared, p);
 }
 static const char* names[] = {"few8", "few32", "divided", "many"};
 
@@ -175,6 +183,126 @@ static void time_matmul(const char* what, uint32_t n, uint32_t k, bool pair) {
     }
 }
 
+// Quantised weights: random blocks with scales that are small numbers.
+struct Quantised { const char* name; int format; uint32_t elements, bytes; std::vector<uint32_t> scales; Products products; };
+
+// An element, as ggml defines it.
+static double element_of(const Quantised& q, const uint8_t* row, uint32_t k) {
+  const uint8_t* b = row + k / q.elements * q.bytes;
+  auto half = [&](uint32_t at) { f16 h; memcpy(&h, b + at, 2); return double(__half2float(h)); };
+  const uint32_t i = k % q.elements;
+  auto nibble = [&](uint32_t at) { return int(b[at + i % 16] >> i / 16 * 4 & 15); };
+  auto fifth = [&](uint32_t at) { uint32_t bits; memcpy(&bits, b + at, 4); return int(bits >> i & 1) << 4; };
+  switch (q.format) {
+    case Q8_0: return half(0) * int8_t(b[2 + i]);
+    case Q4_0: return half(0) * (nibble(2) - 8);
+    case Q4_1: return half(0) * nibble(4) + half(2);
+    case Q5_0: return half(0) * ((nibble(6) | fifth(2)) - 16);
+    case Q5_1: return half(0) * (nibble(8) | fifth(4)) + half(2);
+  }
+  const uint32_t upper = i / 128, quarter = i % 128 / 32, at = i % 32;
+  if (q.format == Q4_K || q.format == Q5_K) {
+    const uint32_t group = i / 32;
+    const uint8_t* s = b + 4;
+    const int scale = group < 4 ? s[group] & 63 : (s[group + 4] & 15) | s[group - 4] >> 6 << 4;
+    const int min = group < 4 ? s[group + 4] & 63 : s[group + 4] >> 4 | s[group] >> 6 << 4;
+    const int low = b[q.bytes - 128 + group / 2 * 32 + at] >> group % 2 * 4 & 15;
+    const int high = q.format == Q5_K ? (b[16 + at] >> group & 1) << 4 : 0;
+    return half(0) * scale * (low | high) - half(2) * min;
+  }
+  if (q.format == Q6_K) {
+    const int low = b[64 * upper + quarter % 2 * 32 + at] >> quarter / 2 * 4 & 15, high = b[128 + 32 * upper + at] >> quarter * 2 & 3;
+    return half(208) * int8_t(b[192 + i / 16]) * ((low | high << 4) - 32);
+  }
+  if (q.format == Q2_K) {
+    const int two = b[16 + 32 * upper + at] >> 2 * quarter & 3;
+    return half(80) * (b[i / 16] & 15) * two - half(82) * (b[i / 16] >> 4);
+  }
+  // Q3_K: a cleared third bit takes four away.
+  const int two = b[32 + 32 * upper + at] >> 2 * quarter & 3, third = b[at] >> (4 * upper + quarter) & 1, group = i / 16;
+  const int scale = (b[96 + group % 8] >> group / 8 * 4 & 15) | (b[104 + group % 4] >> group / 4 * 2 & 3) << 4;
+  return half(108) * (scale - 32) * (two - (third ? 0 : 4));
+}
+
+static size_t fill_blocks(Buffer<uint8_t>& b, const Quantised& q) {
+  std::vector<uint8_t> host(b.n);
+  std::mt19937 random(7);
+  for (size_t i = 0; i + 4 <= host.size(); i += 4) { const uint32_t r = random(); memcpy(&host[i], &r, 4); }
+  for (size_t block = 0; block + q.bytes <= host.size(); block += q.bytes)
+    for (uint32_t at : q.scales) {
+      const f16 scale = __float2half(1e-3f * (1 + random() % 64));
+      memcpy(&host[block + at], &scale, 2);
+    }
+  b.set(host);
+  return host.size();
+}
+
+static void check_quantised(const Quantised& q, uint32_t n, uint32_t k, uint32_t tokens) {
+  const size_t bytes = size_t(n) * k / q.elements * q.bytes;
+  Buffer<uint8_t> w(bytes + 16);
+  Buffer<f16> x(size_t(tokens) * k), none(1);
+  fill_blocks(w, q), fill(x, 3, 1.f);
+  for (int pair = 0; pair < 2; pair++) {
+    std::vector<std::vector<uint8_t>> results;
+    for (Kind kind : {FEW8, FEW32, DIVIDED, MANY}) {
+      const uint32_t some = kind == FEW8 ? std::min(tokens, 8u) : kind == FEW32 ? std::min(tokens, 32u) : tokens;
+      Buffer<uint8_t> out(size_t(tokens) * n * 4);
+      CHECK(cudaMemset(out.at, 0, out.n));
+      Matmul p = product(none, nullptr, x, out.at, n, k, some, pair ? STORE : FLOAT);
+      p.weight[0] = p.weight[1] = w.at;
+      matmul(kind, pair, p, n, q.products);
+      CHECK(cudaDeviceSynchronize());
+      results.push_back(out.get());
+      results.back().resize(size_t(some) * n * (pair ? 2 : 4));
+    }
+    char what[200];
+    for (int kind = 0; kind < 4 && !pair; kind++) {
+      const auto hx = x.get();
+      const auto hw = w.get();
+      double worst = 0;
+      for (size_t i = 0; i < results[kind].size() / 4; i += 1 + results[kind].size() / 4000) {
+        double sum = 0, size = 0;
+        for (uint32_t j = 0; j < k; j++) {
+          const double term = element_of(q, &hw[i % n * (bytes / n)], j) * __half2float(hx[i / n * k + j]);
+          sum += term, size += fabs(term);
+        }
+        float got;
+        memcpy(&got, &results[kind][i * 4], 4);
+        worst = std::max(worst, fabs(sum - got) / size);
+      }
+      snprintf(what, sizeof what, "%s [%u, %u] x %u tokens, %s against double", q.name, n, k, tokens, names[kind]);
+      expect(worst < 3e-4, what, worst);
+    }
+    for (int kind = 0; kind < 3; kind++) {
+      size_t differ = 0;
+      for (size_t i = 0; i < results[kind].size(); i++) differ += results[kind][i] != results[3][i];
+      snprintf(what, sizeof what, "%s %s: %s has the bits of many", q.name, pair ? "pair" : "plain", names[kind]);
+      expect(differ == 0, what, double(differ));
+    }
+  }
+}
+
+static void time_quantised(const Quantised& q, const char* what, uint32_t n, uint32_t k, bool pair) {
+  const size_t bytes = size_t(n) * k / q.elements * q.bytes;
+  const int copies = std::max(1, int(4e8 / double(bytes)));
+  Buffer<uint8_t> w(bytes * copies + 16);
+  Buffer<f16> x(size_t(512) * k), out(size_t(512) * n * 2), none(1);
+  fill_blocks(w, q), fill(x, 3, 1.f);
+  for (uint32_t tokens : {1u, 8u, 32u, 512u})
+    for (Kind kind : {FEW8, FEW32, MANY}) {
+      if ((kind == FEW8 && tokens > 8) || (kind == FEW32 && (tokens > 32 || tokens <= 8)) || (kind == MANY && tokens < 64)) continue;
+      int i = 0;
+      const float ms = milliseconds([&] {
+        Matmul p = product(none, nullptr, x, out.at, n, k, tokens, STORE);
+        p.weight[0] = w.at + bytes * (i % copies), p.weight[1] = w.at + bytes * ((i + 1) % copies);
+        i += pair ? 2 : 1;
+        matmul(kind, pair, p, n, q.products);
+      }, 40);
+      const double read = double(bytes) * (pair ? 2 : 1), flop = 2.0 * n * k * tokens * (pair ? 2 : 1);
+      printf("  %s %-8s [%u, %u] %4u tokens, %-7s %7.1f us %5.0f GB/s %5.0f Tflop/s\n", q.name, what, n, k, tokens, names[kind], ms * 1e3, read / ms / 1e6, flop / ms / 1e9);
+    }
+}
+
 struct Case { uint32_t heads, kv_heads, start, tokens, window; };
 
 // One sequence over a scattered table.
@@ -265,7 +393,22 @@ int main(int argc, char** argv) {
   check_attention<128>({8, 1, 515, 70, 0});
   check_attention<64>({4, 2, 700, 33, 200});
   check_attention<96>({4, 4, 100, 50, 0});
+  const std::vector<Quantised> quantised = {
+      {"q4_k", Q4_K, 256, 144, {0, 2}, PRODUCTS(q4_k)}, {"q6_k", Q6_K, 256, 210, {208}, PRODUCTS(q6_k)},
+      {"q8_0", Q8_0, 32, 34, {0}, PRODUCTS(q8_0)},      {"q5_k", Q5_K, 256, 176, {0, 2}, PRODUCTS(q5_k)},
+      {"q2_k", Q2_K, 256, 84, {80, 82}, PRODUCTS(q2_k)}, {"q3_k", Q3_K, 256, 110, {108}, PRODUCTS(q3_k)},
+      {"q4_0", Q4_0, 32, 18, {0}, PRODUCTS(q4_0)},      {"q4_1", Q4_1, 32, 20, {0, 2}, PRODUCTS(q4_1)},
+      {"q5_0", Q5_0, 32, 22, {0}, PRODUCTS(q5_0)},      {"q5_1", Q5_1, 32, 24, {0, 2}, PRODUCTS(q5_1)}};
+  for (const auto& q : quantised) check_quantised(q, 272, 1536, 70), check_quantised(q, 64, 256, 5);
   if (argc > 1) return failures > 0;
+  // An 8B model's.
+  for (size_t i = 0; i < 3; i++) {
+    const Quantised& q = quantised[i];
+    time_quantised(q, "qkv", 6144, 4096, false);
+    time_quantised(q, "out", 4096, 4096, false);
+    time_quantised(q, "gate,up", 14336, 4096, true);
+    time_quantised(q, "down", 4096, 14336, false);
+  }
   time_matmul("qkv", 12288, 4096, false);
   time_matmul("out", 4096, 4096, false);
   time_matmul("gate,up", 11008, 4096, true);

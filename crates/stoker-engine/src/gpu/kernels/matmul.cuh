@@ -74,57 +74,65 @@ __device__ __forceinline__ int segment_begin(int steps, int segment) { return st
 // ROWS / 16 times 16 rows of weights for each warp, 8 * NT tokens.
 template <class T, int FORMAT, bool PAIR, int ROWS, int NT>
 __device__ __forceinline__ void matmul_few(const Matmul& p) {
-  constexpr int MT = ROWS / 16;
-  // Steps whose weights are on their way at the same time.
-  constexpr int AHEAD = MT == 1 ? 4 : 2;
+  constexpr int MT = ROWS / 16, SPAN = Span<FORMAT>::STEPS;
+  // Spans whose weights are on their way at the same time; those of them whose tokens are read at once.
+  constexpr int AHEAD = (MT == 1 ? 4 : 2) * (SPAN == 1 && FORMAT > BF16 ? 2 : 1) / (SPAN == 4 ? 2 : 1);
+  constexpr int AT_ONCE = NT == 1 ? AHEAD : 1;
   __shared__ float sums[SEGMENTS][ROWS][NT * 8 + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t first = blockIdx.x * (PAIR ? ROWS / 2 : ROWS);
   const int steps = (p.k + STEP - 1) / STEP;
   const int from = segment_begin(steps, warp), to = segment_begin(steps, warp + 1);
+  const int first_span = from / SPAN, end_span = from < to ? (to + SPAN - 1) / SPAN : first_span;
   const uint8_t* row[2 * MT];
 #pragma unroll
   for (int i = 0; i < 2 * MT; i++) row[i] = weights_of<FORMAT, PAIR>(p, first, i * 8 + g);
 
-  uint4 a[AHEAD][2 * MT];
-  auto fetch_weights = [&](int step) {
+  Span<FORMAT> a[AHEAD][2 * MT];
+  auto column = [&](int span) { return span * SPAN * STEP + t * 8; };
+  auto fetch_weights = [&](int u, int span) {
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-      const int k = (step + u) * STEP + t * 8;
-#pragma unroll
-      for (int i = 0; i < 2 * MT; i++)
-        a[u][i] = step + u < to && k < int(p.k) && row[i] ? fetch<T, FORMAT>(row[i], k) : uint4{};
-    }
+    for (int i = 0; i < 2 * MT; i++)
+      a[u][i] = span < end_span && column(span) < int(p.k) && row[i] ? load_span<T, FORMAT>(row[i], column(span)) : Span<FORMAT>{};
   };
   float d[MT][NT][4] = {};
   // Weights don't depend on what was computed before.
-  fetch_weights(from);
+#pragma unroll
+  for (int u = 0; u < AHEAD; u++) fetch_weights(u, first_span + u);
   wait_for_predecessor();
   let_successor_start();
   const T* x = static_cast<const T*>(p.x);
-  for (int step = from; step < to; step += AHEAD) {
-    uint4 b[AHEAD][NT];
+  for (int span = first_span; span < end_span; span += AHEAD) {
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-      const int k = (step + u) * STEP + t * 8;
+    for (int group = 0; group < AHEAD; group += AT_ONCE) {
+      uint4 b[AT_ONCE][SPAN][NT];
 #pragma unroll
-      for (int n = 0; n < NT; n++) {
-        const uint32_t token = n * 8 + g;
-        const bool there = token < p.tokens && step + u < to && k < int(p.k);
-        b[u][n] = there ? *reinterpret_cast<const uint4*>(x + size_t(token) * p.k + k) : uint4{};
+      for (int u = 0; u < AT_ONCE; u++)
+#pragma unroll
+        for (int s = 0; s < SPAN; s++)
+#pragma unroll
+          for (int n = 0; n < NT; n++) {
+            const uint32_t token = n * 8 + g;
+            const int step = (span + group + u) * SPAN + s, k = step * STEP + t * 8;
+            const bool there = token < p.tokens && step < to && k < int(p.k);
+            b[u][s][n] = there ? *reinterpret_cast<const uint4*>(x + size_t(token) * p.k + k) : uint4{};
+          }
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++) {
+        const int now = span + group + u;
+        uint4 w[SPAN][2 * MT];
+#pragma unroll
+        for (int s = 0; s < SPAN; s++)
+#pragma unroll
+          for (int i = 0; i < 2 * MT; i++) w[s][i] = unpacked<T, FORMAT>(a[group + u][i], s, column(now));
+        fetch_weights(group + u, now + AHEAD);
+#pragma unroll
+        for (int s = 0; s < SPAN; s++) {
+          // A step outside the segment must not be added: adding zeros can change a sum's bits (-0).
+          const int step = now * SPAN + s;
+          if (step >= from && step < to) mma_step<T, MT, NT>(d, w[s], b[u][s]);
+        }
       }
-    }
-    uint4 now[AHEAD][2 * MT];
-#pragma unroll
-    for (int u = 0; u < AHEAD; u++)
-#pragma unroll
-      for (int i = 0; i < 2 * MT; i++) now[u][i] = a[u][i];
-    if (step + AHEAD < to) fetch_weights(step + AHEAD);
-#pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-      // A step behind the segment's end must not be added: adding zeros can change a sum's bits (-0).
-      if (step + u >= to) break;
-      mma_step<T, MT, NT>(d, now[u], b[u]);
     }
   }
 #pragma unroll
@@ -184,7 +192,7 @@ __device__ __forceinline__ void matmul_many(const Matmul& p) {
   for (int i = 0; i < A; i++) row[i] = weights_of<FORMAT, PAIR>(p, first, line + i * 32);
   auto weights_at = [&](int stage) { return shared + stage % STAGES * (ROWS + TOKENS) * UNITS; };
   auto tokens_at = [&](int stage) { return weights_at(stage) + ROWS * UNITS; };
-  uint4 ahead[direct ? 1 : A];
+  Packed<FORMAT> ahead[direct ? 1 : A];
   // Weights on their way: into shared memory, or into registers where they have to be unpacked.
   auto fetch_weights = [&](int stage) {
     const int k = first_step * STEP + stage * STAGE + unit * 8;
@@ -194,14 +202,16 @@ __device__ __forceinline__ void matmul_many(const Matmul& p) {
       if constexpr (direct) {
         copy_async(weights_at(stage) + unit_at(line + i * 32, unit), there ? row[i] + size_t(k) * 2 : p.weight[0], there);
       } else {
-        ahead[i] = there ? fetch<T, FORMAT>(row[i], k) : uint4{};
+        ahead[i] = there ? load_packed<T, FORMAT>(row[i], k) : Packed<FORMAT>{};
       }
     }
   };
   auto put_weights = [&](int stage) {
     if constexpr (!direct) {
 #pragma unroll
-      for (int i = 0; i < A; i++) weights_at(stage)[unit_at(line + i * 32, unit)] = ahead[i];
+      for (int i = 0; i < A; i++)
+        weights_at(stage)[unit_at(line + i * 32, unit)] =
+            unpacked<T, FORMAT>(ahead[i], first_step * STEP + stage * STAGE + unit * 8);
     }
   };
   auto fetch_tokens = [&](int stage) {

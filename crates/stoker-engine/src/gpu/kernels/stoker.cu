@@ -6,15 +6,18 @@
 
 #define KERNEL extern "C" __global__ void
 
+// Unpacking takes registers: of those kernels one block at a time is faster than two.
+constexpr int blocks_of(int format) { return format > BF16 ? 1 : 2; }
+
 #define MATMUL(NAME, T, FORMAT)                                                                                                \
   KERNEL __launch_bounds__(256, 2) few8_##NAME(Matmul p) { matmul_few<T, FORMAT, false, 16, 1>(p); }                           \
   KERNEL __launch_bounds__(256, 2) few8_pair_##NAME(Matmul p) { matmul_few<T, FORMAT, true, 32, 1>(p); }                       \
   KERNEL __launch_bounds__(256) few32_##NAME(Matmul p) { matmul_few<T, FORMAT, false, 32, 4>(p); }                             \
   KERNEL __launch_bounds__(256) few32_pair_##NAME(Matmul p) { matmul_few<T, FORMAT, true, 32, 4>(p); }                         \
-  KERNEL __launch_bounds__(256, 2) many_##NAME(Matmul p) { matmul_many<T, FORMAT, false, false>(p); }                          \
-  KERNEL __launch_bounds__(256, 2) many_pair_##NAME(Matmul p) { matmul_many<T, FORMAT, true, false>(p); }                      \
-  KERNEL __launch_bounds__(256, 2) divided_##NAME(Matmul p) { matmul_many<T, FORMAT, false, true>(p); }                        \
-  KERNEL __launch_bounds__(256, 2) divided_pair_##NAME(Matmul p) { matmul_many<T, FORMAT, true, true>(p); }                    \
+  KERNEL __launch_bounds__(256, blocks_of(FORMAT)) many_##NAME(Matmul p) { matmul_many<T, FORMAT, false, false>(p); }                          \
+  KERNEL __launch_bounds__(256, blocks_of(FORMAT)) many_pair_##NAME(Matmul p) { matmul_many<T, FORMAT, true, false>(p); }                      \
+  KERNEL __launch_bounds__(256, blocks_of(FORMAT)) divided_##NAME(Matmul p) { matmul_many<T, FORMAT, false, true>(p); }                        \
+  KERNEL __launch_bounds__(256, blocks_of(FORMAT)) divided_pair_##NAME(Matmul p) { matmul_many<T, FORMAT, true, true>(p); }                    \
   KERNEL __launch_bounds__(THREADS) embed_##NAME(Embed p) { embed<T, FORMAT>(p); }
 
 #define ATTENTION(NAME, T, HD)                                                                                                 \
@@ -40,7 +43,6 @@ TYPE(bf16, bf16)
 
 MATMUL(f16, f16, F16)
 MATMUL(bf16, bf16, BF16)
-#ifndef STOKER_FLOATS_ONLY
 MATMUL(f32, f16, F32)
 MATMUL(q4_0, f16, Q4_0)
 MATMUL(q4_1, f16, Q4_1)
@@ -52,7 +54,6 @@ MATMUL(q3_k, f16, Q3_K)
 MATMUL(q4_k, f16, Q4_K)
 MATMUL(q5_k, f16, Q5_K)
 MATMUL(q6_k, f16, Q6_K)
-#endif
 
 BETWEEN(single, float)
 KERNEL __launch_bounds__(THREADS) embed_single(Embed p) { embed<float, F32>(p); }
