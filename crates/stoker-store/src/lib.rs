@@ -11,6 +11,8 @@
 //! ([`SsdTier`]), the remote store. Reads from remote hold no thread and are bounded in number; what they bring passes on to
 //! the copy, which never makes a load wait. What is wrong on SSD is fetched again from remote.
 //!
+//! [`pack`] writes a model anew so that its bytes lie as they are loaded.
+//!
 //! [`Store::deliver`] passes a model on to a device, chunk by chunk as they become ready, and may keep it in memory.
 //!
 //! Invariants:
@@ -84,6 +86,7 @@ mod job;
 mod layout;
 mod load;
 mod meter;
+pub mod pack;
 mod report;
 mod shared;
 mod slice;
