@@ -144,6 +144,7 @@ impl Engine {
             ..StoreConfig::new(settings::RING)
         };
         let store = Store::open(config)?;
+        store.place_near([device.info().numa_node]);
         store.attach(&*device, ByteSize::ZERO);
         let target = Arc::new(Target { device, kind, opener, store: tokio::sync::Mutex::new(store) });
         devices.insert(place, Arc::clone(&target));

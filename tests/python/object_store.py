@@ -90,11 +90,18 @@ class Proxy:
     `None` (it passes), a status, `"reset"` (half of it, then the connection goes), `"loris"` (bytes now and then), or an
     Event that it waits for."""
 
+    # Signatures of S3 are of the name that was asked for, too.
+    keeps_host = True
+
     def __init__(self, port: int):
         self.target = port
         self.misdeed = lambda number, begin: None
         self.gets: list[int] = []
         self.lock = threading.Lock()
+
+    def admits(self, headers) -> bool:
+        """Whether a request may pass; else it is answered 401."""
+        return True
 
     def __enter__(self):
         proxy = self
@@ -127,18 +134,25 @@ class Proxy:
                 self.forward(deed)
 
             def forward(self, deed):
+                if not proxy.admits(self.headers):
+                    self.send_response(401)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 connection = http.client.HTTPConnection("127.0.0.1", proxy.target, timeout=60)
-                connection.request(self.command, self.path, headers=dict(self.headers.items()))
+                drop = () if proxy.keeps_host else ("host",)
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in drop}
+                connection.request(self.command, self.path, headers=headers)
                 answer = connection.getresponse()
+                body = answer.read()
                 self.send_response_only(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "connection"):
                         self.send_header(name, value)
                 if answer.getheader("Content-Length") is None:
-                    self.send_header("Content-Length", "0" if self.command == "HEAD" else str(answer.length or 0))
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    body = answer.read()
                     if deed == "reset":
                         self.wfile.write(body[: len(body) // 2])
                         self.wfile.flush()

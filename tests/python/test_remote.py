@@ -111,7 +111,7 @@ def test_refused_credentials_say_what_to_do(store):
         assert status != 200 and "access refused" in body["error"]["message"], body
 
 
-@pytest.mark.parametrize("deed", [503, 500, "reset", "loris"])
+@pytest.mark.parametrize("deed", [503, 500, 429, "reset", "loris"])
 def test_a_store_on_a_bad_day_is_asked_again(store, gguf, deed):
     with Proxy(store.s3) as proxy:
         # Index and first chunk pass; the first request for each of the others fails.
@@ -121,6 +121,22 @@ def test_a_store_on_a_bad_day_is_asked_again(store, gguf, deed):
             assert status == 200, body
             until("landed", lambda: landed(server, gguf))
         assert len([begin for begin in proxy.gets if begin]) >= 2 * 5
+
+
+def test_a_store_slower_than_the_deadline_costs_the_request_and_not_the_load(store, gguf):
+    gate = threading.Event()
+    with Proxy(store.s3) as proxy:
+        proxy.misdeed = lambda number, begin: gate if begin >= 2 << 24 else None
+        with remote_server(store, port=proxy.port) as server:
+            status, body, headers = server.post(*ASK, {"x-stoker-deadline-ms": "1500"})
+            assert status == 503 and "retry-after" in {name.lower() for name in headers}, body
+            assert server.metric("stoker_controller_queue_waiting") == 0
+            gate.set()
+            status, body, _ = server.post(*ASK)
+            assert status == 200, body
+            until("landed", lambda: landed(server, gguf))
+            begins = [begin for begin in proxy.gets if begin]
+            assert sorted(begins) == sorted(set(begins)), "what was under way was not asked for again"
 
 
 def test_a_store_that_is_down_is_an_error_and_then_forgotten(store):

@@ -13,7 +13,7 @@ use crate::{
     config::{self, Support},
     error::shown,
     gguf, json,
-    manifest::{MANIFEST_VERSION, identity_of},
+    manifest::{FILE_NAME, MANIFEST_VERSION, identity_of},
     names, safetensors,
 };
 
@@ -23,8 +23,8 @@ mod generation;
 const PARTS_MAX: u32 = 4096;
 
 /// Indexes the model at `path`: a GGUF file (any part of a split one), a safetensors file with its `config.json` beside
-/// it, or a folder with either. Paths in the manifest are absolute; [`Manifest::write`] makes those inside of its
-/// directory relative.
+/// it, or a folder with either. Of a folder that `stoker pack` made, its own manifest is taken, sums and all. Paths in the
+/// manifest are absolute; [`Manifest::write`] makes those inside of its directory relative.
 ///
 /// A model that the engine can't compute is indexed all the same, with [`Manifest::refusal`].
 ///
@@ -35,7 +35,10 @@ pub fn index(path: &Path, source: Source) -> Result<Manifest, CheckpointError> {
     let metadata = fs::metadata(&path).map_err(CheckpointError::io(&path))?;
     let is = |extension: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension));
     if metadata.is_dir() {
-        index_folder(&path, source)
+        match packed(&path)? {
+            Some(manifest) => Ok(Manifest { source, ..manifest }),
+            None => index_folder(&path, source),
+        }
     } else if is("gguf") {
         index_gguf(&path, source)
     } else if is("safetensors") {
@@ -54,6 +57,39 @@ enum Weights {
 
 fn no_model(path: &Path, problem: &str) -> CheckpointError {
     CheckpointError::NotAModel { path: path.to_owned(), problem: problem.to_owned() }
+}
+
+/// The manifest of a folder that was packed. Its files may have been copied since: what they hold is known by their sums,
+/// so that only their lengths have to be what they were.
+fn packed(dir: &Path) -> Result<Option<Manifest>, CheckpointError> {
+    let path = dir.join(FILE_NAME);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let mut manifest = Manifest::read(dir)?;
+    if manifest.packed.is_none() {
+        return Ok(None);
+    }
+    let bad = |problem: String| CheckpointError::BadManifest { file: path.clone(), problem };
+    for file in &mut manifest.files {
+        let name = shown(&file.path.to_string_lossy());
+        if file.path.is_absolute() {
+            return Err(bad(format!("`{name}` is not in the packed folder")));
+        }
+        file.path = dir.join(&file.path);
+        let (was, now) = (file.identity.len, identity_of(&file.path)?);
+        if now.len != was {
+            let is = now.len;
+            return Err(bad(format!(
+                "`{name}` has {is} bytes, and had {was} when it was packed; pack it again"
+            )));
+        }
+        file.identity = now;
+    }
+    if let TokenizerFiles::HuggingFace { dir: tokenizer } = &mut manifest.tokenizer {
+        *tokenizer = std::path::absolute(dir.join(&*tokenizer)).map_err(CheckpointError::io(dir))?;
+    }
+    Ok(Some(manifest))
 }
 
 /// As transformers looks: one file before an index; then whatever single file there is.
@@ -281,6 +317,7 @@ fn finish(
         files,
         tokenizer,
         generation,
+        packed: None,
         tensors,
     })
 }

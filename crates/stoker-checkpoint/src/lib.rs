@@ -14,6 +14,7 @@ mod index;
 mod json;
 pub mod manifest;
 mod names;
+pub mod pack;
 pub mod safetensors;
 pub mod stop;
 pub mod sums;
@@ -24,8 +25,8 @@ pub use config::{Architecture, ModelConfig, Rope, RopeLayout, RopeScaling};
 pub use error::CheckpointError;
 pub use index::index;
 pub use manifest::{
-    FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Origin, Part, Role, Source, Tensor,
-    TokenizerFiles, Trust, WeightFile, identity_of,
+    FileIdentity, Format, GenerationDefaults, Manifest, ManifestSummary, Origin, Packed, Part, RankOf, Role,
+    Source, Tensor, TokenizerFiles, Trust, WeightFile, identity_of,
 };
 /// The type of [`WeightFile::chunk_sums`].
 pub use stoker_types::ChunkSum;

@@ -39,8 +39,28 @@ pub struct Manifest {
     pub tokenizer: TokenizerFiles,
     /// The model's own defaults for generation.
     pub generation: GenerationDefaults,
+    /// Its files were written for this manifest and come with it: their sums hold wherever the folder is copied to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed: Option<Packed>,
     /// Tensors in execution order: embedding, layers, norm, head. Last, so that a summary needs to read no further.
     pub tensors: Vec<Tensor>,
+}
+
+/// What `stoker pack` made of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Packed {
+    /// Of what each tensor is a slice; `None`: every tensor is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<RankOf>,
+}
+
+/// One of the parts of a model that is split for tensor parallelism.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankOf {
+    /// From 0.
+    pub rank: u32,
+    /// How many there are.
+    pub world: u32,
 }
 
 /// Where a model came from.

@@ -29,6 +29,9 @@ pub const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// Indexes of shards beyond this are absurd: a hundred thousand tensors take 10 MB.
 pub const INDEX_BYTES_MAX: u64 = 64 << 20;
 
+/// What the names of fillers begin with: tensors of bytes that `stoker pack` puts where the format allows no hole.
+pub const FILLER: &str = "__stoker_filler__.";
+
 const DIMENSIONS_MAX: usize = 8;
 
 /// What a safetensors file says before its weights.
@@ -36,7 +39,7 @@ const DIMENSIONS_MAX: usize = 8;
 pub struct Header {
     /// `__metadata__`.
     pub metadata: BTreeMap<String, String>,
-    /// Tensors in the order of their bytes, row-major.
+    /// Tensors in the order of their bytes, row-major. Fillers (see [`FILLER`]) are left out.
     pub tensors: Vec<TensorInfo>,
     /// Where the tensors' data begins, from the beginning of the file.
     pub data_offset: u64,
@@ -163,8 +166,13 @@ impl Header {
         }
         tensors.sort_by_key(|t: &TensorInfo| (t.offset, t.len));
         contiguous(path, &tensors, data_offset, file_len)?;
+        tensors.retain(|tensor| !is_filler(tensor));
         Ok(Self { metadata, tensors, data_offset })
     }
+}
+
+fn is_filler(tensor: &TensorInfo) -> bool {
+    tensor.dtype == DType::U8 && tensor.name.starts_with(FILLER)
 }
 
 /// Checks one entry and makes its offsets absolute.

@@ -4,6 +4,7 @@
 //! - [`Record`]: what a slot holds, written down beside the pool, so that a process that takes both over
 //!   ([`ChunkPool::adopt`]) after the last one was killed knows what is there.
 //! - [`Pinner`]: tells a device's driver of a slot's memory, so that the device reads it by itself.
+//! - [`Placement`]: which of a machine's NUMA nodes a pool's memory comes from.
 //! - [`MappedFile`]: a worker's view of a file that lies in the pool, contiguous and read-only.
 //! - [`OwnFile`]: the same, writable: what is written is the process's own.
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
@@ -20,6 +21,7 @@ mod local;
 mod locks;
 mod map;
 mod measure;
+mod numa;
 mod own;
 mod page_cache;
 mod part;
@@ -36,6 +38,7 @@ pub use ledger::{LedgerError, Record};
 pub use local::{DirectIo, LocalFiles};
 pub use map::{MapError, MappedFile, MappedLocal};
 pub use measure::{RawOptions, RawRead, drop_page_cache, raw_limit};
+pub use numa::{Placement, numa_nodes};
 pub use own::OwnFile;
 pub use part::ChunkPart;
 pub use pin::{PinError, Pinner};

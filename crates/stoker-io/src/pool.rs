@@ -32,6 +32,7 @@ use crate::{
     ledger::{Entry, Ledger, LedgerError, Record},
     locks,
     map::{self, HUGE_PAGE_BYTES},
+    numa::Placement,
     pin::{PinError, Pinner},
 };
 
@@ -347,6 +348,16 @@ impl ChunkPool {
             slots.warm.insert(slot)
         };
         punched
+    }
+
+    /// Has the memory that slots get from now on come from these NUMA nodes, as long as they have any.
+    ///
+    /// # Errors
+    /// The operating system's. The pool is as good as before, its memory perhaps farther from its devices.
+    pub fn place(&self, placement: &Placement) -> io::Result<()> {
+        let inner = &*self.inner;
+        // SAFETY: so many slots are mapped from the range's beginning on, until `inner` is dropped.
+        unsafe { placement.apply(inner.range.base.cast().as_ptr(), inner.capacity, inner.chunk_bytes) }
     }
 
     /// Has slots pinned for a device from now on: those that are asked to be ([`ChunkBuf::pin`]). A pool has one

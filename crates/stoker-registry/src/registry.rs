@@ -311,6 +311,8 @@ pub(crate) fn index_anew(entry: &Entry) -> Result<Entry, RegistryError> {
     let old = &entry.manifest;
     let first = old.files.first().map(|file| entry.dir.join(&file.path));
     let path = match (old.format, first) {
+        // With its own manifest, which knows its sums.
+        (_, Some(file)) if old.packed.is_some() => file.parent().map_or(entry.dir.clone(), Path::to_owned),
         (stoker_checkpoint::Format::Gguf, Some(file)) => file,
         (_, Some(file)) if old.files.len() == 1 => file,
         (_, Some(file)) => file.parent().map_or(entry.dir.clone(), Path::to_owned),

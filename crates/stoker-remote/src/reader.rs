@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::{
     client::{Answered, Noted},
     error::{RemoteError, Trouble},
-    stores::{Inner, Located},
+    stores::{Inner, Located, entity_tag},
 };
 
 /// Bytes copied and summed at a time: what was just copied is still in the core's cache.
@@ -175,7 +175,9 @@ fn same(url: &str, object: &RemoteObject, answer: &GetResult) -> Result<(), Trou
         return changed(format!("it had {} bytes and has {}", object.len, answer.meta.size));
     }
     match (&object.etag, &answer.meta.e_tag) {
-        (Some(was), Some(is)) if was != is => changed(format!("its ETag was {was} and is {is}")),
+        (Some(was), Some(is)) if was != is && *was != entity_tag(is.clone()) => {
+            changed(format!("its ETag was {was} and is {is}"))
+        }
         (Some(_), _) => Ok(()),
         (None, _) => match object.modified_ms {
             Some(was) if was != answer.meta.last_modified.timestamp_millis() => {

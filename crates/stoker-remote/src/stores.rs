@@ -282,7 +282,8 @@ impl RemoteStores {
                 }
                 let mut below = meta.location.prefix_match(&at.path).into_iter().flatten();
                 if let (Some(name), None) = (below.next(), below.next()) {
-                    objects.push(object_of(format!("{base}/{}", name.as_ref()), &meta));
+                    let object = object_of(format!("{base}/{}", name.as_ref()), &meta);
+                    objects.push(RemoteObject { etag: object.etag.map(entity_tag), ..object });
                 }
             }
             Ok(objects)
@@ -371,6 +372,11 @@ fn object_of(url: String, meta: &ObjectMeta) -> RemoteObject {
         // Stores that don't say answer with the epoch.
         modified_ms: Some(meta.last_modified.timestamp_millis()).filter(|ms| *ms > 0),
     }
+}
+
+/// An ETag as answers have it, in quotation marks. Azure's listings leave them out.
+pub(crate) fn entity_tag(tag: String) -> String {
+    if tag.starts_with('"') || tag.starts_with("W/") { tag } else { format!("\"{tag}\"") }
 }
 
 // === impl Inner ===
@@ -492,6 +498,13 @@ impl Host {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_etag_is_the_same_with_and_without_its_quotation_marks() {
+        for (tag, quoted) in [("0x8D", "\"0x8D\""), ("\"a\"", "\"a\""), ("W/\"a\"", "W/\"a\"")] {
+            assert_eq!(entity_tag(tag.to_owned()), quoted);
+        }
+    }
 
     #[test]
     fn addresses() {

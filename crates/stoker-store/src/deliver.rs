@@ -305,7 +305,12 @@ impl Delivery {
         let passed = self.pass(&mut source, &mut flights).await;
         // However it went: the slab is nobody else's while the device still writes to it.
         let settled = flights.settle(&self).await;
-        passed.and(settled)?;
+        if let Err(error) = passed.and(settled) {
+            if matches!(error, LoadError::Device { .. }) {
+                source.keep();
+            }
+            return Err(error);
+        }
         if self.cancel.is_cancelled() {
             // Everything was queued by then, and has arrived; nobody wants it.
             return Err(LoadError::Cancelled);
@@ -390,6 +395,13 @@ impl Source {
                 (*next, *ready) = (*next + 1, needed);
                 Ok(Some((at, Box::new(chunk))))
             }
+        }
+    }
+
+    /// What is in memory by now is none the worse for a device that failed: the next attempt, or another device, has it.
+    fn keep(&self) {
+        if let Self::Memory { loading, .. } = self {
+            loading.keep();
         }
     }
 
@@ -575,7 +587,7 @@ mod tests {
 
     use stoker_checkpoint::{Trust, identity_of};
     use stoker_device::{DeviceError, SimulatedDevice, SimulatedOptions};
-    use stoker_types::{BytesPerSec, ModelName};
+    use stoker_types::{BytesPerSec, ChunkSum, ModelName};
 
     use super::*;
     use crate::{FileRange, SourceFile, Store, StoreConfig};
@@ -870,6 +882,72 @@ mod tests {
             let again = store.deliver(&model.files, target.clone(), keep, Priority::Demand).unwrap();
             again.wait(&CancellationToken::new()).await.unwrap();
             assert_arrived(&model, &target);
+        }
+    }
+
+    /// The same model, with its sums.
+    fn known(model: &Model) -> Model {
+        let files = model.files.files().iter().zip(&model.bytes).map(|(file, bytes)| SourceFile {
+            chunk_sums: bytes.chunks(usize::try_from(CHUNK).unwrap()).map(ChunkSum::of).collect(),
+            ..file.clone()
+        });
+        let (name, order) = (model.files.key().name.clone(), model.files.order().to_vec());
+        let files = CheckpointFiles::new(name, files.collect(), Trust::Chunk, CHUNK, order).unwrap();
+        Model {
+            files,
+            layout: model.layout.clone(),
+            ranges: model.ranges.clone(),
+            bytes: model.bytes.clone(),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_in_memory_when_a_device_failed_stays_for_the_next_attempt() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = known(&model(dir.path(), "m", 40));
+        let cancel = CancellationToken::new();
+        let total = model.files.bytes();
+        let lost = DeviceError::Lost {
+            device: 0,
+            call: "copy",
+            name: "CUDA_ERROR_DEVICE_UNAVAILABLE".into(),
+            words: "fell off the bus".into(),
+        };
+        for (fault, again_on_it) in
+            [(DeviceError::Simulated { device: 0, what: "bus error" }, true), (lost, false)]
+        {
+            // While it is being read: what had come by then is not read again.
+            let store = store(60);
+            let failing = device(SimulatedOptions::default());
+            failing.fail_after(ByteSize(500_000), fault.clone());
+            let aim = target(&failing, &model);
+            let delivering = store.deliver(&model.files, aim, Keep::All, Priority::Demand).unwrap();
+            let error = delivering.wait(&cancel).await.unwrap_err();
+            assert!(matches!(&error, LoadError::Device { source, .. } if *source == fault), "{error}");
+            let stats = store.stats();
+            let kept = stats.residency[0].resident;
+            assert!(kept > ByteSize::ZERO, "at least what was copied to the device");
+            assert_eq!((stats.mapped, stats.loading), (ByteSize::ZERO, 0), "nobody holds it");
+            assert_eq!(failing.memory().unwrap().slabs, ByteSize::ZERO);
+
+            let other = device(SimulatedOptions::default());
+            let next = if again_on_it { &failing } else { &other };
+            let aim = target(next, &model);
+            let delivering = store.deliver(&model.files, aim.clone(), Keep::All, Priority::Demand).unwrap();
+            let delivered = delivering.wait(&cancel).await.unwrap();
+            assert_arrived(&model, &aim);
+            let read = delivered.load.bytes_from(stoker_types::Tier::Ssd);
+            assert_eq!(read.bytes() + kept.bytes(), total.bytes(), "only what was missing");
+            drop((aim, delivered));
+
+            // When all of it is there: none of it goes.
+            next.fail_after(ByteSize(500_000), fault.clone());
+            let aim = target(next, &model);
+            let delivering = store.deliver(&model.files, aim, Keep::All, Priority::Demand).unwrap();
+            assert!(matches!(delivering.wait(&cancel).await, Err(LoadError::Device { .. })));
+            assert_eq!(store.stats().residency[0].resident, total);
+            assert_eq!(store.drop_all().await.held, ByteSize::ZERO);
+            assert_eq!(store.stats().used, ByteSize::ZERO, "every chunk is accounted for");
         }
     }
 

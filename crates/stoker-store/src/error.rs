@@ -19,8 +19,8 @@ pub enum OpenError {
     Threads(std::io::Error),
 }
 
-/// Why a load failed. Everything that it brought is gone from memory; slots of its reads that are still under way
-/// follow, each within one chunk's time.
+/// Why a load failed. Everything that it brought is gone from memory (after [`LoadError::Device`], chunks whose sums were known
+/// stay as cache); slots of its reads that are still under way follow, each within one chunk's time.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {

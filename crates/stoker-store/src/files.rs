@@ -418,6 +418,7 @@ mod tests {
             files: vec![weights("a", 3), weights("b", 2)],
             tokenizer: TokenizerFiles::None,
             generation: GenerationDefaults::default(),
+            packed: None,
             tensors: vec![
                 tensor(1, CHUNK_BYTES - 1, 2),
                 tensor(0, 2 * CHUNK_BYTES, 0),

@@ -133,6 +133,12 @@ impl Layout {
         Self { bytes: words + 4 * files.chunks(), arrivals: Some(words), ..self }
     }
 
+    /// Runs of bytes, in the files or at regular distances in them, that are copied for themselves.
+    #[must_use]
+    pub fn pieces(&self) -> usize {
+        self.spans.len()
+    }
+
     /// Bytes of a slab for it: whole pages of every device.
     #[must_use]
     pub fn slab_bytes(&self) -> ByteSize {

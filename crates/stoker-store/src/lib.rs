@@ -11,13 +11,16 @@
 //! ([`SsdTier`]), the remote store. Reads from remote hold no thread and are bounded in number; what they bring passes on to
 //! the copy, which never makes a load wait. What is wrong on SSD is fetched again from remote.
 //!
+//! [`pack`] writes a model anew so that its bytes lie as they are loaded.
+//!
 //! [`Store::deliver`] passes a model on to a device, chunk by chunk as they become ready, and may keep it in memory.
 //!
 //! Invariants:
 //! - a chunk enters the cache only after its sum was found right (or learned, when none was known), and a load ends well
 //!   only after the hash of every file that has no sums was found right;
 //! - a held model's chunks are not evicted; holds are values, given back by drop;
-//! - a load that fails or is cancelled leaves no chunk that it brought;
+//! - a load that fails or is cancelled leaves no chunk that it brought, but for those of known sums when it was a device
+//!   that failed: they stay for the next attempt;
 //! - what the pool's ledger says of a slot is true: it is written when a chunk is in the cache and its model vouched for,
 //!   and emptied before the slot is anybody else's. A store that takes the pool over ([`Store::adopt`]) checks every sum.
 //!
@@ -85,6 +88,7 @@ mod job;
 mod layout;
 mod load;
 mod meter;
+pub mod pack;
 mod report;
 mod shared;
 mod slice;

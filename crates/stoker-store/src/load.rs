@@ -93,6 +93,11 @@ impl Loading {
         state.cache.model(self.hold.files.key())?.chunk(position).map(Chunk::slot)
     }
 
+    /// Has what the load has brought by now stay in memory, however it ends: chunks whose sums were known beforehand.
+    pub(crate) fn keep(&self) {
+        self.hold.shared.keep_brought(self.hold.files.key());
+    }
+
     /// Waits until everything is there, or `cancel` is. Dropping the future cancels too.
     ///
     /// # Errors

@@ -165,6 +165,18 @@ impl Shared {
         self.changed(state);
     }
 
+    /// What a load of a model has brought by now no longer goes when it fails, as far as it is right by a sum that was known
+    /// before. (What was only learned is vouched for by the end of a load.)
+    pub(crate) fn keep_brought(&self, key: &ModelKey) {
+        let state = &mut *self.lock();
+        let load = state.cache.model(key).and_then(|model| model.load);
+        let Some(job) = load.and_then(|id| state.jobs.get_mut(id)) else { return };
+        let Job { files, target, .. } = job;
+        if let Target::Cache { brought, .. } = target {
+            brought.retain(|position| files.sum(files.order()[*position]).is_none());
+        }
+    }
+
     /// Begins a stream of at most `window` chunks at a time, fewer if there is less room.
     pub(crate) fn begin_stream(
         &self,

@@ -4,7 +4,10 @@ use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use stoker_checkpoint::manifest::CHUNK_BYTES;
 use stoker_device::Device;
-use stoker_io::{ChunkPool, LentPool, LocalFiles, Open, OpenRemote, PoolMemory, ReadMode, ReadThreads, Work};
+use stoker_io::{
+    ChunkPool, LentPool, LocalFiles, Open, OpenRemote, Placement, PoolMemory, ReadMode, ReadThreads, Work,
+    numa_nodes,
+};
 use stoker_types::{ByteSize, BytesPerSec, ModelName, TierRate, clock};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -233,6 +236,21 @@ impl Store {
         let (shared, files, target) = (Arc::clone(&self.shared), files.clone(), target.clone());
         let check = move || crate::check::check(&shared, &files, &target);
         tokio::task::spawn_blocking(check).await.unwrap_or(Err(LoadError::Closed))
+    }
+
+    /// Has memory come from the NUMA nodes of the devices that it feeds (`None`: a device doesn't say), as far as the machine has
+    /// several and lets us. What is in memory already stays where it is. Before [`Self::attach`].
+    pub fn place_near(&self, devices: impl IntoIterator<Item = Option<u32>>) {
+        let placement = Placement::near(devices, &numa_nodes());
+        if placement == Placement::Anywhere {
+            return;
+        }
+        match self.shared.pool.place(&placement) {
+            Ok(()) => tracing::info!(%placement, "memory for weights comes from the devices' NUMA nodes"),
+            Err(error) => {
+                tracing::info!(%placement, %error, "memory for weights can't be placed near the devices: it comes from any node");
+            }
+        }
     }
 
     /// Has memory pinned for a device from now on: what is read into, and what is copied from. `ahead` bytes of free

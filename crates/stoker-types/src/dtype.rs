@@ -43,6 +43,18 @@ macro_rules! dtypes {
                 None
             }
 
+            /// Its `ggml_type` number in a GGUF file; `None` when those don't know it.
+            #[must_use]
+            pub const fn ggml(self) -> Option<u32> {
+                match self { $(DType::$variant => $ggml,)* }
+            }
+
+            /// Its `dtype` string in a safetensors header; `None` when those don't know it.
+            #[must_use]
+            pub const fn safetensors(self) -> Option<&'static str> {
+                match self { $(DType::$variant => $st,)* }
+            }
+
             /// The type with this `dtype` string in a safetensors header.
             #[must_use]
             pub fn from_safetensors(name: &str) -> Option<Self> {
@@ -143,6 +155,9 @@ mod tests {
             if let Some(found) = DType::from_safetensors(dtype.name()) {
                 assert_eq!(found, *dtype);
             }
+            assert!(dtype.ggml().is_none_or(|number| DType::from_ggml(number) == Some(*dtype)));
+            assert!(dtype.safetensors().is_none_or(|name| DType::from_safetensors(name) == Some(*dtype)));
+            assert!(dtype.ggml().is_some() || dtype.safetensors().is_some());
         }
         assert_eq!(DType::from_ggml(4), None, "Q4_2 was removed from the format");
     }

@@ -83,6 +83,8 @@ pub(crate) enum Command {
     Cache(CacheCommand),
     /// Turn a GGUF file into a Hugging Face safetensors folder
     Convert(ConvertArgs),
+    /// Write a model anew as it is loaded: in execution order, aligned, a checksum for every chunk, split over GPUs if asked
+    Pack(PackArgs),
     /// Inspect the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -222,6 +224,19 @@ pub(crate) struct ConvertArgs {
     /// Element type of the result
     #[arg(long, default_value = "f16", value_parser = ["f16", "f32", "bf16"])]
     pub(crate) dtype: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PackArgs {
+    /// The name of a known model, a GGUF file, or a folder
+    #[arg(value_name = "MODEL|PATH")]
+    pub(crate) model: String,
+    /// The folder to make; must not exist [default: NAME-packed in this one]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Split it for so many GPUs (tensor parallelism): a folder for each
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) shards: Option<u32>,
 }
 
 #[derive(Debug, Subcommand)]

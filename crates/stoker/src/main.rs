@@ -88,6 +88,7 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
         Command::Verify(args) => return models::verify(&config, &args.model, output).await,
         Command::Cache(command) => return commands::cache::run(&config, command, output).await,
         Command::Convert(args) => models::convert(&config, &args, output)?,
+        Command::Pack(args) => commands::pack::run(&config, &args, output)?,
         Command::Config(ConfigCommand::Check) => commands::config::check(&config, output)?,
         Command::Devices => commands::devices::run(output)?,
         Command::Bench(BenchCommand::Load(args)) => {

@@ -216,6 +216,26 @@ async fn a_deadline_that_cannot_be_met_is_refused_at_once_and_the_start_goes_ahe
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_disk_that_is_slower_than_the_deadline_costs_the_request_and_not_the_start() {
+    let rig = Rig::new(10, vec![model("a", 10), model("b", 10)]);
+    // As the disk was when it was measured; `b` takes the room.
+    rig.node.set_load("a", SECOND);
+    rig.touch("a").await;
+    rig.touch("b").await;
+    rig.node.set_load("a", 60 * SECOND);
+    let mut hasty = admit("a");
+    hasty.wait_max = 5 * SECOND;
+    let before = Instant::now();
+    let refusal = rig.admit_as(hasty.clone()).await.err().unwrap();
+    assert_eq!(before.elapsed(), 5 * SECOND, "it was worth waiting for, by what was known");
+    let Refusal::NotInTime { .. } = refusal else { panic!("{refusal}") };
+    assert_eq!((rig.handle.status().in_flight, rig.handle.status().waiting), (0, 0), "its seat is nobody's");
+    sleep(60 * SECOND).await;
+    assert_eq!(rig.states(), [("a".to_owned(), "ready")], "the load went on");
+    assert!(rig.admit_as(hasty).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_wait_in_vain_says_why() {
     let rig = Rig::new(10, vec![model("a", 10), model("b", 10)]);
     let _busy = rig.admit("a").await.unwrap();

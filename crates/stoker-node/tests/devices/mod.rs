@@ -376,7 +376,7 @@ async fn what_a_program_does_to_a_copy_changes_nothing_that_others_compute() {
     let writer = program(&socket, MODEL, true).await.unwrap();
     write_to(&writer.1[0]);
     let order = compute().await;
-    assert_eq!((copied(), sim.used(0)), (3 * once, 2 * slab));
+    assert_eq!((copied(), sim.used(0)), (3 * once, slab + slab));
     drop(writer);
     while sim.used(0) > slab {
         tokio::time::sleep(Duration::from_millis(2)).await;

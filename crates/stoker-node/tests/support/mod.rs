@@ -126,6 +126,7 @@ pub(crate) fn noise_model(dir: &std::path::Path, file: &str, len: u64) -> Manife
         tensors: vec![],
         tokenizer: TokenizerFiles::None,
         generation: GenerationDefaults::default(),
+        packed: None,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::common::{CHUNK, Fixture, Model, rot};
 use stoker_checkpoint::{ChunkSum, Trust};
-use stoker_io::{Fault, FaultKind, Gate};
-use stoker_store::{ChunkStream, LoadError, Priority, Retry, StreamOptions};
+use stoker_io::{Fault, FaultKind, Gate, PoolError};
+use stoker_store::{ChunkStream, LoadError, OpenError, Priority, Retry, Store, StoreConfig, StreamOptions};
 use stoker_types::{ByteSize, ModelName};
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +30,27 @@ async fn a_model_larger_than_memory_is_refused_at_once() {
     assert_eq!((needed, free, mapped, budget), (chunks(5), chunks(4), chunks(0), chunks(4)));
     let fits = fixture.model("f", &[4 * CHUNK], Trust::Chunk);
     fixture.check(&fits, &fixture.load(&fits).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_budget_smaller_than_one_chunk_refuses_everything_and_keeps_nothing() {
+    let less = ByteSize(CHUNK as u64 - 1);
+    let config = StoreConfig { chunk: ByteSize(CHUNK as u64), ..StoreConfig::new(less) };
+    let error = Store::open(config).unwrap_err();
+    assert!(matches!(error, OpenError::Pool(PoolError::Capacity { .. })), "{error}");
+
+    let fixture = Fixture::new(4);
+    let model = fixture.model("m", &[100], Trust::Chunk);
+    drop(fixture.load(&model).await.unwrap());
+    fixture.store.set_budget(less).await;
+    assert_eq!(fixture.store.stats().used, ByteSize::ZERO);
+    let error = fixture.load(&model).await.unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { .. }), "{error}");
+    let error = fixture.store.stream(&model.files, StreamOptions::default()).unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { .. }), "{error}");
+    assert_eq!(fixture.store.stats().used, ByteSize::ZERO);
+    fixture.store.set_budget(chunks(1)).await;
+    fixture.check(&model, &fixture.load(&model).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

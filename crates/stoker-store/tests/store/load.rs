@@ -302,6 +302,25 @@ async fn a_load_that_nobody_wants_ends_within_a_chunk() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_slower_than_the_deadline_leaves_nothing() {
+    let fixture = Fixture::with_threads(8, 2);
+    let model = fixture.model("m", &[6 * CHUNK], Trust::Chunk);
+    let gate = Gate::default();
+    fixture.faults.add(fault("m-0", 3 * CHUNK as u64, 1, FaultKind::Wait(gate.clone())));
+    // The disk doesn't answer before the gate is opened, so the deadline passes however fast this machine is.
+    let deadline = std::time::Duration::from_millis(100);
+    let in_time = tokio::time::timeout(deadline, fixture.load(&model)).await;
+    assert!(in_time.is_err(), "the third chunk can't be there");
+    let stats = fixture.store.stats();
+    assert_eq!((stats.loading, stats.mapped), (0, ByteSize::ZERO));
+    assert!(stats.used <= ByteSize(CHUNK as u64), "what the disk still has, no more");
+    gate.open();
+    let resident = fixture.load(&model).await.unwrap();
+    fixture.check(&model, &resident);
+    assert_eq!(fixture.store.stats().used, model.files.pool_bytes());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn demand_goes_before_prefetch_and_equals_take_turns() {
     let fixture = Fixture::with_threads(16, 1);
     let prefetched = fixture.model("a", &[4 * CHUNK], Trust::Chunk);

@@ -6,6 +6,7 @@ mod adopt;
 mod cache;
 mod common;
 mod load;
+mod pack;
 mod soak;
 mod stress;
 mod tiers;

@@ -683,6 +683,33 @@ async fn the_budget_holds_and_what_is_kept_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_larger_than_memory_and_disk_passes_through_both() {
+    let bed = Bed::new(5);
+    let store = Store::open(StoreConfig {
+        chunk: ByteSize(CHUNK as u64),
+        opener: Arc::new(bed.local.clone()),
+        remote: Some(Arc::new(bed.remote.clone())),
+        ssd: Some(bed.tier()),
+        ..StoreConfig::new(ByteSize(3 * CHUNK as u64))
+    })
+    .unwrap();
+    let away = bed.away("m", &[20 * CHUNK + 5], Trust::Chunk);
+    let error = load(&store, &away.files).await.map(drop).unwrap_err();
+    assert!(matches!(error, LoadError::OutOfBudget { .. }), "{error}");
+    let mut stream = store.stream(&away.files, StreamOptions::default()).unwrap();
+    let mut seen = 0;
+    while let Some(chunk) = stream.next().await.unwrap() {
+        assert!(away.content[0][seen..].starts_with(&chunk));
+        seen += chunk.len();
+    }
+    assert_eq!(seen, away.content[0].len());
+    drop(stream);
+    assert_eq!(store.stats().used, ByteSize::ZERO);
+    assert_eq!(bed.tier().look()[0].copies, [], "no room for a copy, none begun");
+    assert_eq!(bed.reads(), 21, "every chunk once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pull_copies_without_a_load() {
     let bed = Bed::new(64);
     let store = bed.store();

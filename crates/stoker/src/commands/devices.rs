@@ -24,8 +24,17 @@ pub(crate) fn run(output: Output) -> anyhow::Result<()> {
         if let Some(why) = &report.none {
             return why.clone();
         }
-        let mut table =
-            Table::new(["GPU", "NAME", "MEMORY", "COMPUTE", "BUS", "LINK TO HOST", "LINKED TO", "UUID"]);
+        let mut table = Table::new([
+            "GPU",
+            "NAME",
+            "MEMORY",
+            "COMPUTE",
+            "BUS",
+            "NUMA",
+            "LINK TO HOST",
+            "LINKED TO",
+            "UUID",
+        ]);
         for device in &report.devices {
             let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".into());
             let linked: Vec<_> = device
@@ -43,6 +52,8 @@ pub(crate) fn run(output: Output) -> anyhow::Result<()> {
                 device.memory.to_string(),
                 format!("{}.{}", device.compute.0, device.compute.1),
                 or_unknown(device.pci.clone()),
+                // The kernel says none where there is but one.
+                device.numa_node.map_or_else(|| "-".into(), |node| node.to_string()),
                 or_unknown(device.pcie.map(|link| format!("PCIe {} x{}", link.generation, link.width))),
                 if linked.is_empty() { "none".into() } else { linked.join(", ") },
                 device.uuid.clone(),

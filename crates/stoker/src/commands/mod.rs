@@ -10,5 +10,6 @@ pub(crate) mod explain;
 pub(crate) mod keeper;
 pub(crate) mod memory;
 pub(crate) mod models;
+pub(crate) mod pack;
 pub(crate) mod serve;
 pub(crate) mod worker;

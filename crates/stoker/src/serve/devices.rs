@@ -55,6 +55,7 @@ pub(super) fn open(config: &Config, workers: &WorkerConfig) -> anyhow::Result<Ve
 
 /// Has memory pinned for the devices' copies. What is pinned for one GPU is pinned for all.
 pub(super) fn attach(store: &Store, devices: &[NodeDevice], dram: ByteSize) {
+    store.place_near(devices.iter().map(|device| device.device.info().numa_node));
     if let Some(first) = devices.iter().find(|device| device.device.pinner().is_some()) {
         store.attach(&*first.device, PINNED_AHEAD.min(ByteSize(dram.bytes() / 10)));
     }

@@ -174,6 +174,7 @@ impl Bench {
     async fn by_the_store(&self, runs: u32, threads: usize) -> anyhow::Result<(Vec<Duration>, String)> {
         let read_mode = if self.warm { ReadMode::Auto } else { ReadMode::Direct };
         let store = Store::open(StoreConfig { read_threads: threads, read_mode, ..StoreConfig::new(RING) })?;
+        store.place_near([self.device.info().numa_node]);
         store.attach(&*self.device, ByteSize::ZERO);
         let layout = Arc::new(Layout::of_manifest(&self.manifest));
         let slab = self.device.allocate(layout.bytes(), layout.bytes())?;

@@ -272,6 +272,7 @@ fn open(files: &CheckpointFiles, device: &Arc<CudaDevice>) -> anyhow::Result<Sto
     let cores = std::thread::available_parallelism().map_or(4, usize::from);
     let read_threads = cores.saturating_sub(2).clamp(4, 16);
     let store = Store::open(StoreConfig { read_threads, ..StoreConfig::new(files.pool_bytes()) })?;
+    store.place_near([device.info().numa_node]);
     store.attach(&**device, ByteSize::ZERO);
     Ok(store)
 }

@@ -311,6 +311,7 @@ impl Bench<'_> {
             opener: Arc::new(self.options.files()?),
             ..StoreConfig::new(pool)
         })?;
+        store.place_near(self.places.iter().map(|place| place.device.info().numa_node));
         // One is enough: what it pins is pinned for all of this process.
         store.attach(&*self.places[0].device, ByteSize::ZERO);
         Ok(store)

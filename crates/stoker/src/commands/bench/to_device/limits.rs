@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use stoker_device::{Cut, Slab, Transfer};
-use stoker_io::{ChunkPool, Open, ReadOp, Reader};
+use stoker_io::{ChunkPool, Open, Placement, ReadOp, Reader, numa_nodes};
 use stoker_types::{ByteSize, clock};
 
 use super::{Bench, Options, Place};
@@ -39,6 +39,10 @@ impl Limits {
         let slots = bench.read_threads as u64 * 3;
         let make = if bench.options.shared { ChunkPool::new } else { ChunkPool::private };
         let pool = make(ByteSize(slots * chunk.0), chunk)?;
+        let near = Placement::near(bench.places.iter().map(|p| p.device.info().numa_node), &numa_nodes());
+        if let Err(error) = pool.place(&near) {
+            tracing::debug!(%error, "the memory of the limit comes from any node");
+        }
         if let Some(pinner) = bench.places[0].device.pinner() {
             pool.set_pinner(pinner);
         }
