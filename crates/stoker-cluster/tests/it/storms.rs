@@ -73,6 +73,7 @@ async fn lead(store: Store, name: String, terms: usize, current: Option<Arc<Mute
 
 /// Every write of an owner is of the term that led when it happened: epochs in the log of writes never fall.
 async fn elections(store: Store) {
+    let (mut unavailable, mut lost, mut late) = (0, 0, 0);
     for seed in SEEDS {
         let (switch, bad) = stormy(&store, Faults::stormy(seed));
         let from = store.put("/owner", Bytes::from_static(b"0"), soon()).await.unwrap();
@@ -106,9 +107,12 @@ async fn elections(store: Store) {
         }
         assert!(seen > 16, "{seen} writes");
         let counts = switch.counts();
-        assert!(counts.unavailable > 0 && counts.answer_lost > 0 && counts.late > 0, "{counts:?}");
+        unavailable += counts.unavailable;
+        lost += counts.answer_lost;
+        late += counts.late;
         term.resign(soon()).await.unwrap();
     }
+    assert!(unavailable > 0 && lost > 0 && late > 0, "{unavailable} {lost} {late}");
 }
 
 /// Where the store doesn't end leases before their time, no two rely on leading at the same time.
@@ -149,7 +153,13 @@ async fn memberships(store: Store) {
             let name = NodeId::new(&format!("n{i}")).unwrap();
             members.insert(i, (name.clone(), membership.join(&name, node("0"), soon()).await.unwrap()));
         }
-        for step in 0..60 {
+        // Until each kind of fault that matters here has come, and some time more.
+        let weathered =
+            |counts: stoker_cluster::FaultCounts| counts.lease_expired > 0 && counts.answer_lost > 0;
+        let mut step = 0;
+        while step < 60 || !weathered(switch.counts()) {
+            assert!(step < 5_000, "{:?}", switch.counts());
+            step += 1;
             let i = rng.random_range(0..6);
             match (rng.random_range(0..6), members.get(&i)) {
                 (0, Some(_)) => drop(members.remove(&i)),
@@ -182,8 +192,6 @@ async fn memberships(store: Store) {
         };
         let settled = table.wait_for(soon(), as_expected).await;
         assert!(settled.is_some(), "{expected:?} wanted, {:?}", table.snapshot().rows);
-        let counts = switch.counts();
-        assert!(counts.lease_expired > 0 && counts.answer_lost > 0, "{counts:?}");
         for (_, (_, member)) in members {
             member.leave(soon()).await.unwrap();
         }
@@ -273,7 +281,11 @@ async fn tables(store: Store) {
 async fn join_tokens(store: Store) {
     let (switch, bad) = stormy(&store, Faults { answer_lost: 0.2, late: 0.1, ..Faults::stormy(31) });
     let tokens = JoinTokens::new(bad);
-    for round in 0..10 {
+    let weathered = |counts: stoker_cluster::FaultCounts| counts.late > 0 && counts.answer_lost > 0;
+    let mut round = 0;
+    while round < 10 || !weathered(switch.counts()) {
+        assert!(round < 1_000, "{:?}", switch.counts());
+        round += 1;
         let token = tokens.create(None, true, Duration::ZERO, soon()).await.unwrap();
         let attempts = (0..4).map(|i| {
             let (tokens, token) = (tokens.clone(), token.clone());
@@ -297,6 +309,4 @@ async fn join_tokens(store: Store) {
             store.compare_and_swap(&entry.key, Expect::Modified(entry.modified), entry.value.clone(), soon());
         swap.await.unwrap();
     }
-    let counts = switch.counts();
-    assert!(counts.answer_lost > 0 && counts.late > 0, "{counts:?}");
 }
