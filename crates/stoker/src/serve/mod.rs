@@ -134,8 +134,8 @@ impl Server {
         let traces = Arc::new(traces::RequestTraces::new(export));
 
         let budgets = Budgets { dram, kv, slots: slots.get() };
-        let mut controller_config = stoker_controller::Config::default();
-        controller_config.queue = config.queue.value;
+        let mut controller_config =
+            stoker_controller::Config { queue: config.queue.value, ..stoker_controller::Config::default() };
         controller_config.rules.wait_max = Duration::from_secs(config.other_model_wait_s.value);
         let node_api = Arc::new(adapters::NodeOfThisProcess(node.clone()));
         let (controller, _owner) = stoker_controller::spawn(controller_config, Arc::new(library.clone()));
