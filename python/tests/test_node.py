@@ -198,6 +198,7 @@ def test_a_client_of_a_killed_node_keeps_what_it_has(tmp_path):
     config = ""
     for seed, (name, mib) in enumerate(sizes.items()):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((TINY / "config.json").read_text())
         tensors = {f"{name}.{i}": ("U8", (MIB,), noise(seed * 1000 + i, MIB)) for i in range(mib)}
         save(tmp_path / name / "model.safetensors", tensors)
         config += f'[models.{name}]\npath = "{tmp_path / name}"\n'
