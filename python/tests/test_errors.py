@@ -90,7 +90,7 @@ def test_arguments_that_mean_nothing(every_type):
         stoker.load(path, "simulated", shard=(2, 2))
     with pytest.raises(stoker.NotFoundError, match="config.json"):
         stoker.load(path.parent, "simulated", shard=(0, 2))
-    with pytest.raises(stoker.NotSupportedError, match="sharing"):
+    with pytest.raises(stoker.NotSupportedError, match="shares a running node"):
         stoker.load(path, "cpu", shared=True)
     with pytest.raises(TypeError):
         stoker.load(path, "cpu", names="of_F32")
