@@ -5,7 +5,9 @@ python -m pytest -p no:cacheprovider python/tests/gpu
 
 import multiprocessing
 import pathlib
+import sys
 import threading
+import warnings
 
 import pytest
 import stoker
@@ -78,6 +80,37 @@ def test_memory_goes_while_the_rest_is_on_its_way(large):
     # Two granules may be shared with a tensor that has been taken with it, or is still to come.
     assert held[0] > 1e9 and held[-2] <= 4 * (64 << 20), held
     assert in_tensors() == before
+
+
+def test_a_nodes_copy_is_shared():
+    """Needs `stoker` itself: target/debug/stoker, or STOKER_TEST_BINARY."""
+    sys.path.insert(0, str(ROOT / "tests/python"))
+    from stoker_server import Server
+
+    tiny = ROOT / "tests/data/tiny-llama"
+    mine = stoker.load(tiny, DEVICE)
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 12, "temperature": 0, "seed": 1}
+    config = f'[models.tiny]\npath = "{tiny}"\ncontext = 64\n'
+    with Server(config, ("--devices", DEVICE, "--dram", "256MiB")) as server:
+        node = pathlib.Path(server.environment["XDG_RUNTIME_DIR"]) / "stoker"
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            theirs = stoker.load("tiny", DEVICE, node=node, shared=True)
+        read_only = not any(issubclass(warning.category, RuntimeWarning) for warning in told)
+        print("mapped without write access" if read_only else "mapped with write access: the driver refused")
+        assert theirs.keys() == mine.keys() and all(same_bits(theirs[name], mine[name]) for name in mine)
+        code, first, _ = server.post("/v1/completions", body)
+        assert code == 200, first
+        if not read_only:
+            # What a program writes changes nothing that the node computes.
+            next(iter(theirs.values())).zero_()
+        theirs.clear()
+        server.json("unload", "--all")
+        code, again, _ = server.post("/v1/completions", body)
+        assert code == 200 and again["choices"][0]["text"] == first["choices"][0]["text"]
+        theirs = stoker.load("tiny", DEVICE, node=node, shared=True)
+        server.kill()
+        assert all(same_bits(theirs[name], mine[name]) for name in mine)
 
 
 def test_a_view_keeps_its_memory(large):
