@@ -361,7 +361,7 @@ async fn what_a_program_does_to_a_copy_changes_nothing_that_others_compute() {
     let refused = program(&socket, MODEL, true).await.unwrap_err();
     assert_eq!(refused.reason(), share::Refusal::Unsupported, "{refused:?}");
     stop(order).await;
-    assert_eq!(sim.bed.node.evict(&name(MODEL)).await.freed, ByteSize::ZERO);
+    sim.bed.node.evict(&name(MODEL)).await;
     assert_eq!(sim.used(0), slab, "a program has it");
     drop(reader);
     let_go().await;
