@@ -48,7 +48,13 @@ def restarted(server: Server) -> str:
     server.kill()
     logged = server.log.stat().st_size
     server.start()
-    return server.log.read_text()[logged:]
+    # No request waits for the log, so readiness doesn't either.
+    return until("it says that it serves", lambda: said_since(server, logged))
+
+
+def said_since(server: Server, logged: int) -> str | None:
+    text = server.log.read_bytes()[logged:].decode()
+    return text if "the API is served" in text else None
 
 
 def serving(server: Server) -> dict[str, int]:

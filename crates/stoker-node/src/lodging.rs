@@ -69,7 +69,13 @@ impl Instances {
             return Err(StartFailure::Cancelled { model: order.model.clone() });
         }
         if order.generation <= state.seen || state.instances.contains_key(&order.instance) {
-            return Err(StartFailure::StaleOrder { given: order.generation, seen: state.seen });
+            // No number behind this one is an instance's that was left.
+            let last = state.instances.keys().max().map_or(0, |id| id.0);
+            let seen = match state.instances.contains_key(&order.instance) {
+                true => state.seen.max(Generation(last)),
+                false => state.seen,
+            };
+            return Err(StartFailure::StaleOrder { given: order.generation, seen });
         }
         state.seen = order.generation;
         let cancel = CancellationToken::new();
