@@ -148,8 +148,22 @@ class Server:
         return total
 
     def workers(self) -> list[int]:
-        """Process ids of the server's workers."""
-        return self.children("worker")
+        """Process ids of the server's workers, those that an earlier server has started included."""
+        sockets = set()
+        for line in pathlib.Path("/proc/net/unix").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[-1].startswith(self.home.name) and fields[-1].endswith(".next"):
+                sockets.add(f"socket:[{fields[6]}]")
+
+        def listens(pid: int) -> bool:
+            try:
+                command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                files = pathlib.Path(f"/proc/{pid}/fd").iterdir()
+                return command[1:2] == [b"worker"] and any(os.readlink(file) in sockets for file in files)
+            except OSError:
+                return False
+
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and listens(int(name))]
 
     def keeper(self) -> int:
         """Process id of the keeper that this server (not one before it) has started."""

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import pathlib
 import signal
 import time
 
@@ -86,6 +87,66 @@ def test_a_killed_worker_costs_its_streams_and_no_byte(on_cpu):
             assert text(ask(server, "a")) == on_cpu["a", "abc"]
         assert copied(server) == before > 0, "the next worker had them already"
         assert server.json("ps")["devices"][0]["cached"] == 0
+
+
+def test_a_killed_server_costs_no_byte_and_no_worker(on_cpu):
+    def kept() -> int:
+        """Granules of the device's memory that the keeper has."""
+        files = pathlib.Path(f"/proc/{keeper}/fd").iterdir()
+        return sum(os.readlink(file).startswith("/memfd:stoker-device") for file in files)
+
+    with Server(CONFIG, DEVICE) as server:
+        keeper = server.keeper()
+        assert text(ask(server, "a")) == on_cpu["a", "abc"]
+        (instance,) = server.json("ps")["instances"]
+        for _ in range(2):
+            wait_until("the weights are kept", lambda: kept() > 0)
+            server.kill()
+            server.start()
+            (device,) = server.json("ps")["devices"]
+            assert (device["resident"], device["weights"]) == (["a"], 2 * MIB)
+            assert text(ask(server, "a")) == on_cpu["a", "abc"]
+            assert [i["pid"] for i in server.json("ps")["instances"]] == [instance["pid"]]
+            assert copied(server) == server.metric("stoker_store_read_bytes_total") == 0
+
+        # With the worker, too: another one has the weights at once.
+        server.kill()
+        os.kill(instance["pid"], signal.SIGKILL)
+        server.start()
+        assert server.json("ps")["devices"][0]["cached"] == 2 * MIB
+        assert text(ask(server, "a", "x y z")) == on_cpu["a", "x y z"]
+        assert [i["pid"] for i in server.json("ps")["instances"]] != [instance["pid"]]
+        assert copied(server) == 0
+
+        # What nobody asks for makes room for the two that are asked for.
+        server.kill()
+        server.start()
+        for model in "bcb":
+            assert text(ask(server, model)) == on_cpu[model, "abc"]
+        assert copied(server) > 0
+        wait_until("the keeper has no more than there is", lambda: kept() == 2)
+
+
+def test_the_real_model_survives_on_a_device(gguf):
+    config = f'[models.a]\npath = "{gguf}"\ncontext = 512\n'
+    flags = ("--devices", "simulated:1GiB", "--dram", "512MiB")
+    with Server(config, flags) as server:
+        answer = text(ask(server, "a", "The capital of France is", 8))
+        (instance,) = server.json("ps")["instances"]
+        files = lambda: pathlib.Path(f"/proc/{server.keeper()}/fd").iterdir()
+        wait_until("kept", lambda: any("stoker-slab" in os.readlink(file) for file in files()))
+        server.kill()
+        server.start()
+        assert text(ask(server, "a", "The capital of France is", 8)) == answer
+        assert [i["pid"] for i in server.json("ps")["instances"]] == [instance["pid"]]
+        assert copied(server) == server.metric("stoker_store_read_bytes_total") == 0
+
+
+def wait_until(what: str, is_so):
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(0.01)
 
 
 def test_keep_alive_moves_a_model_from_the_device_to_memory():

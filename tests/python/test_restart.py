@@ -1,4 +1,4 @@
-"""A server that is killed, and the one after it: what was in memory still is."""
+"""A server that is killed, and the one after it: what was in memory still is, and so are the workers."""
 
 import contextlib
 import fcntl
@@ -48,7 +48,18 @@ def restarted(server: Server) -> str:
     server.kill()
     logged = server.log.stat().st_size
     server.start()
-    return server.log.read_text()[logged:]
+    # No request waits for the log, so readiness doesn't either.
+    return until("it says that it serves", lambda: said_since(server, logged))
+
+
+def said_since(server: Server, logged: int) -> str | None:
+    text = server.log.read_bytes()[logged:].decode()
+    return text if "the API is served" in text else None
+
+
+def serving(server: Server) -> dict[str, int]:
+    """Which process serves each model."""
+    return {row["model"]: row["pid"] for row in server.json("ps")["instances"]}
 
 
 def runs(pid: int) -> bool:
@@ -103,16 +114,17 @@ def test_a_killed_server_has_everything_in_memory_again(gguf):
         before, size = resident(server), gguf.stat().st_size
         assert before == {"a": size, "b": size}
         assert read_bytes(server) == 2 * size
-        counts = []
+        counts, workers = [], serving(server)
+        assert set(workers) == {"a", "b"}
         for _ in range(4):
-            workers = server.workers()
             log = restarted(server)
             assert "took over what the node before had in memory" in log
             assert adopted_bytes(server) == 2 * size
             assert resident(server) == before
             assert (ask(server), ask(server, "b")) == first
             assert read_bytes(server) == 0, "nothing came from disk"
-            until("the workers before end", lambda: not any(map(runs, workers)))  # noqa: B023
+            assert serving(server) == workers, "the same processes"
+            assert server.metric("stoker_node_worker_starts_total") <= 1
             counts.append((descriptors(keeper), descriptors(server.process.pid)))
         assert runs(keeper)
         assert counts[-1][0] == counts[0][0], f"descriptors of the keeper: {counts}"
@@ -258,27 +270,48 @@ def ready(server: Server) -> bool:
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["streams", "hangs"])
-def test_workers_of_a_killed_server_let_go_before_their_memory_is_used(gguf, tmp_path, hangs):
+def test_who_has_the_memory_is_known_before_it_is_used(gguf, tmp_path, hangs):
     """One is in the middle of a stream when the server is killed; or hangs, and would read on for ever."""
-    with Server(config(a=gguf, b=gguf), ("--dram", "224MiB", *FLAGS[2:])) as server:
+    with Server(config(a=gguf, b=gguf), ("--dram", "128MiB", *FLAGS[2:])) as server:
         answer = ask(server)
-        workers = server.workers()
+        worker = serving(server)["a"]
         body = {"model": "a", "prompt": "Once", "max_tokens": 400, "temperature": 0}
         stream = threading.Thread(target=post, args=(server, body))
         stream.start()
         until("it computes", lambda: any(row["sequences"] for row in server.json("ps")["instances"]))
         with hung_worker(server, tmp_path) if hangs else contextlib.nullcontext() as hung:
             log = restarted(server)
-            assert not any(map(runs, workers)), "they have ended before their memory was taken over"
+            assert runs(worker)
             assert ("a worker of the node before did not end" in log) == hangs
             if hung:
                 assert hung.wait(10) == -signal.SIGKILL
         assert adopted_bytes(server) == gguf.stat().st_size
         stream.join()
+        assert ask(server) == answer
+        assert serving(server) == {"a": worker}
         # Both models in turn, in room for one and a bit: slots are used again.
         for _ in range(2):
             assert ask(server, "b") == answer
             assert ask(server) == answer
+
+
+def test_workers_of_another_configuration_are_replaced(gguf):
+    with Server(config(a=gguf, b=gguf), FLAGS) as server:
+        answer = ask(server), ask(server, "b")
+        workers = server.workers()
+        server.kill()
+        server.flags = (*FLAGS, "--threads", "1")
+        server.start()
+        until("the workers before end", lambda: not any(map(runs, workers)))
+        assert (ask(server), ask(server, "b")) == answer
+        assert not set(server.workers()) & set(workers)
+        assert read_bytes(server) == 0
+        # Without room for both, one is let go of, as it is idle.
+        server.kill()
+        server.flags = ("--dram", "128MiB", *FLAGS[2:], "--threads", "1")
+        server.start()
+        assert server.json("ps")["dram"]["used"] <= 128 * MIB
+        assert ask(server, "b") == answer[1]
 
 
 def test_memory_that_somebody_else_has_mapped_is_left_to_them(gguf, tmp_path):

@@ -29,6 +29,14 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// [`DeviceError::OutOfMemory`] with what is free; the driver's.
     fn allocate(&self, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError>;
 
+    /// Memory that a process which is gone exported ([`Slab::export`]), as a slab of this one: `bytes` in granules of
+    /// `granule`, as its slab said. What is in it stays; nothing more is written to it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Os`] when the descriptors are no such memory; [`DeviceError::OutOfMemory`] when the device doesn't have
+    /// so much; the driver's.
+    fn adopt(&self, granules: Vec<OwnedFd>, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError>;
+
     /// Queues a copy and returns at once. Copies may end in another order than they were queued in. How many are under
     /// way is for the caller to bound: each holds its host bytes.
     fn copy(&self, transfer: Transfer);

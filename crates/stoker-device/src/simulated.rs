@@ -84,6 +84,8 @@ pub struct SimulatedWindow {
 /// Files in memory, which take room only as they are written.
 pub(crate) struct HostMemory {
     exportable: bool,
+    /// Mapped for writing, too: made by this process.
+    writable: bool,
     space: Arc<HostSpace>,
     granule: u64,
     granules: Granules<HostGranule>,
@@ -225,6 +227,13 @@ impl Device for SimulatedDevice {
         Ok(Slab::new(ordinal, len, Memory::Host(memory)))
     }
 
+    fn adopt(&self, granules: Vec<OwnedFd>, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError> {
+        let memory = HostMemory::adopt(granules, bytes, granule, &self.shared.used)?;
+        // It is taken, whatever this device has been said to have.
+        self.shared.used.fetch_add(bytes.bytes(), Ordering::Relaxed);
+        Ok(Slab::new(self.shared.ordinal, bytes.bytes(), Memory::Host(memory)))
+    }
+
     fn copy(&self, transfer: Transfer) {
         match transfer.check(self.shared.ordinal) {
             Ok(()) => self.shared.queue.push(transfer),
@@ -248,6 +257,7 @@ impl Device for SimulatedDevice {
         let Memory::Host(memory) = slab.memory() else {
             return Err(DeviceError::WrongDevice { is: slab.device(), wanted: self.shared.ordinal });
         };
+        memory.check_writable(self.shared.ordinal)?;
         memory.write(at, &vec![0; usize::try_from(len).unwrap_or(usize::MAX)]);
         Ok(())
     }
@@ -323,6 +333,7 @@ impl Shared {
         let Memory::Host(memory) = transfer.to.memory() else {
             return Err(DeviceError::WrongDevice { is: transfer.to.device(), wanted: self.ordinal });
         };
+        memory.check_writable(self.ordinal)?;
         let host = (*transfer.from).as_ref();
         for cut in &transfer.cuts {
             for (from, to) in cut.each_row() {
@@ -431,14 +442,40 @@ impl HostMemory {
             let (space, used) = (Arc::clone(&space), Arc::clone(used));
             HostGranule { space, at, len, file, used }
         });
-        Ok(Self { granule, granules: Granules::all(granules), exportable, space })
+        Ok(Self { granule, granules: Granules::all(granules), exportable, writable: true, space })
     }
 
     /// The same, keeping only the granules with these numbers.
     pub(crate) fn only(&self, numbers: &BTreeSet<usize>) -> Self {
-        let Self { exportable, space, granule, granules } = self;
-        let (exportable, granule, space) = (*exportable, *granule, Arc::clone(space));
-        Self { exportable, space, granule, granules: granules.only(numbers) }
+        let Self { exportable, writable, space, granule, granules } = self;
+        let (exportable, writable, granule, space) = (*exportable, *writable, *granule, Arc::clone(space));
+        Self { exportable, writable, space, granule, granules: granules.only(numbers) }
+    }
+
+    /// What another process exported, for reading. Its bytes are for the caller to count as used.
+    fn adopt(
+        granules: Vec<OwnedFd>,
+        bytes: ByteSize,
+        granule: ByteSize,
+        used: &Arc<AtomicU64>,
+    ) -> Result<Self, DeviceError> {
+        let SimulatedWindow { space } = SimulatedWindow::import(&granules, bytes, granule)?;
+        let len = space.len;
+        let space = Arc::new(space);
+        let step = usize::try_from(granule.bytes()).unwrap_or(len);
+        let granules = granules.into_iter().zip((0..len).step_by(step)).map(|(file, at)| {
+            let (space, used) = (Arc::clone(&space), Arc::clone(used));
+            HostGranule { space, at, len: step.min(len - at), file, used }
+        });
+        let granules = Granules::all(granules);
+        Ok(Self { granule: granule.bytes(), granules, exportable: true, writable: false, space })
+    }
+
+    fn check_writable(&self, device: u32) -> Result<(), DeviceError> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(DeviceError::Unsupported { device, what: "write to memory that another process made" })
     }
 
     /// A descriptor for each granule, for reading.
@@ -746,6 +783,42 @@ mod tests {
         assert!(SimulatedWindow::import(&[file], ByteSize(page), ByteSize(page)).is_err(), "not sealed");
         let writable = rustix::fs::fcntl_getfl(&granules[0]).unwrap().contains(OFlags::RDWR);
         assert!(!writable, "for reading only");
+    }
+
+    #[test]
+    fn memory_of_a_process_that_is_gone_is_taken_over() {
+        let page = rustix::param::page_size() as u64;
+        let options = SimulatedOptions { memory: ByteSize(8 * page), ..SimulatedOptions::default() };
+        let before = device(&options);
+        let (bytes, granule) = (ByteSize(5 * page), ByteSize(2 * page));
+        let slab = before.allocate(bytes, granule).unwrap();
+        copy(&before, vec![7; 9], &slab, vec![Cut::range(0, 9, 2 * page - 4)]).unwrap();
+        let granules = slab.export().unwrap();
+        drop((slab, before));
+
+        let after = device(&options);
+        assert!(
+            after
+                .adopt(granules[..2].iter().map(|fd| fd.try_clone().unwrap()).collect(), bytes, granule)
+                .is_err()
+        );
+        assert_eq!(after.memory().unwrap().slabs, ByteSize::ZERO);
+        let slab = after.adopt(granules, bytes, granule).unwrap();
+        assert_eq!((slab.bytes(), slab.granule(), slab.device()), (bytes, granule, 0));
+        let mut read = [0; 9];
+        after.read(&slab, 2 * page - 4, &mut read).unwrap();
+        assert_eq!(read, [7; 9]);
+        let memory = after.memory().unwrap();
+        assert_eq!((memory.slabs, memory.free), (bytes, ByteSize(3 * page)));
+        assert!(after.allocate(ByteSize(4 * page), granule).is_err(), "it is not free");
+        // It is for reading, and can be handed on.
+        assert!(matches!(after.clear(&slab, 0, 4), Err(DeviceError::Unsupported { .. })));
+        let refused = copy(&after, vec![1], &slab, vec![Cut::range(0, 1, 0)]);
+        assert!(matches!(refused, Err(DeviceError::Unsupported { .. })));
+        let again = slab.export().unwrap();
+        drop(slab);
+        assert_eq!(after.memory().unwrap().slabs, ByteSize::ZERO);
+        assert_eq!(SimulatedWindow::import(&again, bytes, granule).unwrap().as_ref()[0], 0);
     }
 
     fn tempfile() -> std::fs::File {

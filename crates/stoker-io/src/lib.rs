@@ -10,11 +10,13 @@
 //! - [`Reader`]: fills chunk buffers from one open file. [`LocalFiles`] opens local files and chooses direct or buffered
 //!   reads for each; [`FaultyFiles`] adds faults for tests.
 //! - [`ReadThreads`]: the threads that read.
+//! - [`ForeignProcess`]: waits for the end of a process that another one started.
 //! - [`PriorityFd`]: waits for a descriptor's priority data.
 //! - [`Allocator`], [`trim_heap`]: the heap, and what was freed of it back to the operating system.
 //! - [`raw_limit`]: how fast a file can be read at all, for comparison.
 
 mod faulty;
+mod foreign;
 mod heap;
 mod ledger;
 mod local;
@@ -33,6 +35,7 @@ mod ring;
 mod threads;
 
 pub use faulty::{Fault, FaultKind, FaultyFiles, FaultyReader, Gate};
+pub use foreign::ForeignProcess;
 pub use heap::{Allocator, trim_heap};
 pub use ledger::{LedgerError, Record};
 pub use local::{DirectIo, LocalFiles};
@@ -42,7 +45,10 @@ pub use numa::{Placement, numa_nodes};
 pub use own::OwnFile;
 pub use part::ChunkPart;
 pub use pin::{PinError, Pinner};
-pub use pool::{AdoptedPool, Chunk, ChunkBuf, ChunkPool, LentPool, PoolError, PoolMemory, PoolUsage};
+pub use pool::{
+    AdoptedPool, Chunk, ChunkBuf, ChunkPool, LentPool, PoolError, PoolMemory, PoolUsage, renew_claim,
+    yield_claim,
+};
 pub use priority::PriorityFd;
 pub use reader::{
     Choice, Completion, FileStamp, Filled, Open, OpenRemote, ReadDone, ReadError, ReadMode, ReadOp, Reader,

@@ -116,8 +116,8 @@ pub struct AdoptedPool {
     pub damaged: usize,
     /// Slots that somebody has still mapped ([`ChunkPool::lend`]), by runs: those of `chunks`, and `orphans`.
     pub lent: Vec<Range<u32>>,
-    /// Slots that somebody has still mapped, and of which the ledger says nothing.
-    pub orphans: Vec<ChunkBuf>,
+    /// Slots that somebody has still mapped, and of which the ledger says nothing: no byte of theirs means anything here.
+    pub orphans: Vec<Chunk>,
 }
 
 /// A descriptor of the pool's memory for a program that may outlive the pool's owner, and the slots that it may map. For as
@@ -208,16 +208,22 @@ impl ChunkPool {
         Self::make(capacity, chunk, false)
     }
 
-    /// Takes a shared pool over, after its owner and everybody with one of its [`Self::read_only_fd`] have ended
-    /// ([`PoolMemory::is_in_use`]). It has room for `capacity`, or
+    /// Takes a shared pool over, after its owner has ended, and everybody with one of its [`Self::read_only_fd`] has, too
+    /// ([`PoolMemory::is_in_use`]), or has given up its claim and said which slots it has: `mapped`. It has room for `capacity`, or
     /// for what it had room for. Memory of slots that the ledger doesn't name goes back to the operating system first: a
-    /// read that the old owner had under way ends in pages that are nobody's. Slots that are lent stay as they are, in use.
+    /// read that the old owner had under way ends in pages that are nobody's. Slots that are lent or mapped stay as they are, in
+    /// use.
     ///
     /// The chunks' bytes are not checked.
     ///
     /// # Errors
     /// [`PoolError`]; `InUse` when somebody has it still. Nothing has been changed then.
-    pub fn adopt(memory: PoolMemory, capacity: ByteSize, chunk: ByteSize) -> Result<AdoptedPool, PoolError> {
+    pub fn adopt(
+        memory: PoolMemory,
+        capacity: ByteSize,
+        chunk: ByteSize,
+        mapped: &BTreeSet<u32>,
+    ) -> Result<AdoptedPool, PoolError> {
         let PoolMemory { pool: fd, ledger } = memory;
         let os = |step| move |source: io::Error| PoolError::Os { step, capacity, source };
         let sealed = rustix::fs::fcntl_get_seals(&fd).map_err(|e| os("fcntl")(e.into()))?;
@@ -237,12 +243,13 @@ impl ChunkPool {
         }
         let pool = Self::over(Some(fd), Some(ledger), size).map_err(os("mmap"))?;
         let lent = pool.lent().map_err(os("fcntl"))?;
-        let Sorted { named, orphans, damaged } = pool.inner.sort_slots(&lent).map_err(os("fallocate"))?;
+        let Sorted { named, orphans, damaged } =
+            pool.inner.sort_slots(&lent, mapped).map_err(os("fallocate"))?;
         let buf = |slot| ChunkBuf { pool: Arc::clone(&pool.inner), slot };
         let chunk =
             |(slot, record): (u32, Record)| (Chunk { len: record.len, buf: Arc::new(buf(slot)) }, record);
         let chunks = named.into_iter().map(chunk).collect();
-        let orphans = orphans.into_iter().map(buf).collect();
+        let orphans = orphans.into_iter().map(|slot| buf(slot).freeze(0)).collect();
         Ok(AdoptedPool { chunks, damaged, lent, orphans, pool })
     }
 
@@ -480,6 +487,23 @@ fn resident(pool: &OwnedFd) -> io::Result<ByteSize> {
     Ok(ByteSize(u64::try_from(blocks).unwrap_or(0) * 512))
 }
 
+/// Gives up the claim that a descriptor of a pool ([`ChunkPool::read_only_fd`]) is to its memory. What was mapped with it stays
+/// mapped: whoever calls this sees to it that the next owner knows of that in another way.
+///
+/// # Errors
+/// The operating system's.
+pub fn yield_claim(pool: impl AsFd) -> io::Result<()> {
+    Ok(rustix::fs::flock(pool, FlockOperation::Unlock)?)
+}
+
+/// Takes back what [`yield_claim`] gave up.
+///
+/// # Errors
+/// The operating system's; `WouldBlock` while somebody is finding out who has the memory.
+pub fn renew_claim(pool: impl AsFd) -> io::Result<()> {
+    Ok(rustix::fs::flock(pool, FlockOperation::NonBlockingLockShared)?)
+}
+
 /// Whether somebody has one of the descriptors that the memory's owner handed out, or a mapping made with one.
 fn in_use(pool: &OwnedFd) -> io::Result<bool> {
     match rustix::fs::flock(pool, FlockOperation::NonBlockingLockExclusive) {
@@ -597,9 +621,9 @@ impl fmt::Debug for ChunkPool {
 // === impl Inner ===
 
 impl Inner {
-    /// Sorts the slots of a pool that was taken over: those that the ledger names or that are lent are in use; the others are
-    /// free, and their memory goes back.
-    fn sort_slots(&self, lent: &[Range<u32>]) -> io::Result<Sorted> {
+    /// Sorts the slots of a pool that was taken over: those that the ledger names or that are lent or mapped are in use; the
+    /// others are free, and their memory goes back.
+    fn sort_slots(&self, lent: &[Range<u32>], mapped: &BTreeSet<u32>) -> io::Result<Sorted> {
         let mut sorted = Sorted::default();
         let (Some(fd), Some(ledger)) = (&self.fd, &self.ledger) else { return Ok(sorted) };
         let mut free = 0..0;
@@ -621,7 +645,7 @@ impl Inner {
                 Entry::Written(_) | Entry::Damaged => sorted.damaged += 1,
             }
             ledger.clear(slot);
-            if lent.iter().any(|run| run.contains(&slot)) {
+            if mapped.contains(&slot) || lent.iter().any(|run| run.contains(&slot)) {
                 give_back(&free)?;
                 free = slot + 1..slot + 1;
                 sorted.orphans.push(slot);
@@ -1025,7 +1049,7 @@ mod tests {
         // As after a kill: the old handles are not dropped.
         let larger = ByteSize(9 * CHUNK.bytes());
         let AdoptedPool { pool: after, chunks: found, damaged, .. } =
-            ChunkPool::adopt(memory(), larger, CHUNK).unwrap();
+            ChunkPool::adopt(memory(), larger, CHUNK, &BTreeSet::new()).unwrap();
         let names: Vec<_> = found.iter().map(|(chunk, record)| (chunk.slot(), record.chunk)).collect();
         assert_eq!((names, damaged), (vec![(0, 0), (2, 2), (4, 4)], 0));
         for (chunk, record) in &found {
@@ -1042,9 +1066,40 @@ mod tests {
         drop(found.into_iter().nth(1));
         drop(taken);
         let AdoptedPool { pool: third, chunks: found, .. } =
-            ChunkPool::adopt(memory(), CHUNK, CHUNK).unwrap();
+            ChunkPool::adopt(memory(), CHUNK, CHUNK, &BTreeSet::new()).unwrap();
         assert!(found.is_empty(), "all were dropped");
         assert_eq!(third.usage().capacity, 9);
+    }
+
+    #[test]
+    fn what_somebody_has_mapped_stays_as_it_is() {
+        let before = pool(4);
+        let taken: Vec<_> = std::iter::from_fn(|| before.try_take()).collect();
+        let filled = |(i, mut buf): (u8, ChunkBuf)| {
+            buf.fill(i);
+            buf.freeze(10)
+        };
+        let chunks: Vec<_> = (1..).zip(taken).map(filled).collect();
+        chunks[1].record(&record(1, 10));
+        let mapped = before.read_only_fd().unwrap();
+        let memory = || before.memory().unwrap().unwrap();
+        let slots = BTreeSet::from([1, 2, 77]);
+        let adopt = || ChunkPool::adopt(memory(), CHUNK, CHUNK, &slots);
+        assert!(matches!(adopt(), Err(PoolError::InUse)), "who has it has not given up the claim");
+        yield_claim(&mapped).unwrap();
+        let AdoptedPool { pool: after, chunks: found, orphans: kept, .. } = adopt().unwrap();
+        assert_eq!(found.iter().map(|(chunk, _)| chunk.slot()).collect::<Vec<_>>(), [1]);
+        assert_eq!(kept.iter().map(Chunk::slot).collect::<Vec<_>>(), [2]);
+        let mut byte = [0];
+        rustix::io::pread(&mapped, &mut byte, 2 * CHUNK.bytes()).unwrap();
+        assert_eq!(byte, [3], "no record, and its bytes are there");
+        rustix::io::pread(&mapped, &mut byte, 3 * CHUNK.bytes()).unwrap();
+        assert_eq!(byte, [0], "nobody's");
+        assert_eq!(after.usage().in_use, 2);
+        renew_claim(&mapped).unwrap();
+        assert!(matches!(adopt(), Err(PoolError::InUse)));
+        drop((mapped, kept));
+        assert_eq!(after.usage().in_use, 1);
     }
 
     #[test]
@@ -1056,7 +1111,7 @@ mod tests {
         let memory = before.memory().unwrap().unwrap();
         // The second record's length.
         rustix::io::pwrite(&memory.ledger, &99_u64.to_le_bytes(), 4096 + 256 + 3 * 8).unwrap();
-        let adopted = ChunkPool::adopt(memory, CHUNK, CHUNK).unwrap();
+        let adopted = ChunkPool::adopt(memory, CHUNK, CHUNK, &BTreeSet::new()).unwrap();
         let slots: Vec<_> = adopted.chunks.iter().map(|(chunk, _)| chunk.slot()).collect();
         assert_eq!((slots, adopted.damaged), (vec![0, 2], 1));
     }
@@ -1065,7 +1120,7 @@ mod tests {
     fn whoever_has_it_mapped_keeps_it() {
         let before = pool(2);
         let memory = || before.memory().unwrap().unwrap();
-        let adopt = || ChunkPool::adopt(memory(), CHUNK, CHUNK).map(|_| ());
+        let adopt = || ChunkPool::adopt(memory(), CHUNK, CHUNK, &BTreeSet::new()).map(|_| ());
         let slot = before.try_take().unwrap().slot();
         assert!(!memory().is_in_use().unwrap());
         let fd = before.read_only_fd().unwrap();
@@ -1114,7 +1169,7 @@ mod tests {
         let memory = before.memory().unwrap().unwrap();
         assert!(!memory.is_in_use().unwrap(), "no hindrance");
         let AdoptedPool { pool: after, chunks: found, lent, orphans, damaged } =
-            ChunkPool::adopt(memory, CHUNK, CHUNK).unwrap();
+            ChunkPool::adopt(memory, CHUNK, CHUNK, &BTreeSet::new()).unwrap();
         let lent: BTreeSet<u32> = lent.into_iter().flatten().collect();
         assert_eq!((lent, damaged), (BTreeSet::from([1, 2, 4, 7]), 0));
         assert_eq!(orphans.iter().map(ChunkBuf::slot).collect::<Vec<_>>(), [7]);
@@ -1139,7 +1194,7 @@ mod tests {
     fn what_can_not_be_taken_over() {
         let before = pool(2);
         let memory = || before.memory().unwrap().unwrap();
-        let adopt = |memory, chunk| ChunkPool::adopt(memory, CHUNK, chunk).map(|_| ());
+        let adopt = |memory, chunk| ChunkPool::adopt(memory, CHUNK, chunk, &BTreeSet::new()).map(|_| ());
         let other = ByteSize(2 * CHUNK.bytes());
         assert!(matches!(adopt(memory(), other), Err(PoolError::Ledger(LedgerError::ChunkBytes { .. }))));
         let mixed = PoolMemory { pool: pool(2).memory().unwrap().unwrap().pool, ..memory() };

@@ -3,10 +3,12 @@
 use stoker_io::PoolMemory;
 use stoker_store::{Adoption, CheckpointFiles, OpenError, Store, StoreConfig};
 
-use crate::{Catalog, CatalogEntry, Keeper};
+use crate::{Catalog, CatalogEntry, Keeper, RuntimeDir, devices::LeftSlab};
 
 /// Opens a node's store: over the memory that the node before left ([`Keeper::recover`]), as far as it can be used, else over
-/// new memory. Either way the keeper keeps it from then on. Blocks for as long as checking what was left takes.
+/// new memory. Either way the keeper keeps it from then on. What workers have mapped that are to be taken over
+/// ([`RuntimeDir::meet`]) stays where it is. Also finds out which weights on devices can be taken over. Blocks for as long as
+/// checking what was left takes.
 ///
 /// # Errors
 /// [`OpenError`], when there is no new memory either.
@@ -14,9 +16,11 @@ pub fn open_store(
     config: StoreConfig,
     left: Option<PoolMemory>,
     keeper: &Keeper,
+    runtime: &RuntimeDir,
     catalog: &dyn Catalog,
 ) -> Result<Store, OpenError> {
-    let adopted = left.and_then(|memory| adopt(config.clone(), memory, catalog));
+    runtime.left().lock().slabs = LeftSlab::all(keeper, catalog);
+    let adopted = left.and_then(|memory| adopt(config.clone(), memory, runtime, catalog));
     let store = match adopted {
         Some(store) => store,
         None => Store::open(config)?,
@@ -29,13 +33,22 @@ pub fn open_store(
     Ok(store)
 }
 
-fn adopt(config: StoreConfig, memory: PoolMemory, catalog: &dyn Catalog) -> Option<Store> {
+fn adopt(
+    config: StoreConfig,
+    memory: PoolMemory,
+    runtime: &RuntimeDir,
+    catalog: &dyn Catalog,
+) -> Option<Store> {
+    let mut left = runtime.left().lock();
+    let identity = rustix::fs::fstat(&memory.pool).map(|stat| (stat.st_dev, stat.st_ino)).ok()?;
+    let mapped = left.mapped(identity);
     let known = |model: &_| {
         let CatalogEntry { dir, manifest } = catalog.lookup(model).ok()?;
         CheckpointFiles::from_manifest(Clone::clone(model), &dir, &manifest).ok()
     };
-    match Store::adopt(config, memory, known) {
-        Ok((store, adoption)) => {
+    match Store::adopt(config, memory, known, &mapped) {
+        Ok((store, adoption, kept)) => {
+            left.keep(identity, kept);
             let Adoption {
                 models, bytes, unknown, changed, wrong, damaged, evicted, lent, total, check, ..
             } = adoption;

@@ -4,10 +4,25 @@
 //! without a byte being copied. A model is on its way to the device, on it, or not: [`Landing`]. Its slab goes with the
 //! last instance that was let go of in order; after a worker's death it stays as cache until its room is needed, or for
 //! [`KEPT_FOR`].
+//!
+//! What is there whole is with the keeper, too, with a record of what it is: the node that comes after a killed one takes it
+//! over as it is. What was on its way then is nobody's: its worker has dropped the model, and nothing of it was handed over.
 
-use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
+use bytes::Bytes;
 use parking_lot::Mutex;
+use rustix::fs::MemfdFlags;
+use serde::{Deserialize, Serialize};
 use stoker_device::{Device, DeviceError, Slab, memory_holders};
 use stoker_proto::{DESCRIPTORS_MAX, control::DeviceSlab};
 use stoker_store::{
@@ -20,16 +35,24 @@ use stoker_types::{
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::Fleet;
+use crate::{
+    Catalog, Keeper,
+    fleet::Fleet,
+    keeper::{KeptSlab, SlabFiles},
+    node::Prepared,
+};
 
 /// How long weights stay on a device after the worker that computed with them has died, if nobody needs their room.
-const KEPT_FOR: Duration = Duration::from_mins(10);
+pub(crate) const KEPT_FOR: Duration = Duration::from_mins(10);
 
 /// Least bytes of a granule: few descriptors, and none of them small.
 const GRANULE_MIN: u64 = 1 << 30;
 
 /// Bytes of a slab for each sum.
 const SUMMED: u64 = 16 << 20;
+
+/// Longest record of a slab that is read, bytes.
+const RECORD_BYTES_MAX: usize = 4096;
 
 /// What is left to others: 512 MiB or 3 % of a device, whichever is more; a quarter of a small one.
 const RESERVE_MIN: ByteSize = ByteSize::mib(512);
@@ -49,6 +72,9 @@ struct Inner {
     work: ByteSize,
     store: Store,
     fleet: Fleet,
+    keeper: Option<Keeper>,
+    /// The last number that a slab of this node or an earlier one has.
+    last: Arc<AtomicU64>,
     state: Mutex<State>,
     /// One at a time looks for room and takes it.
     turn: tokio::sync::Mutex<()>,
@@ -57,7 +83,6 @@ struct Inner {
 #[derive(Default)]
 struct State {
     models: HashMap<ModelKey, Held>,
-    last: u64,
     /// As of the last look.
     budget: MemoryBudget,
     total: ByteSize,
@@ -67,8 +92,12 @@ struct State {
 
 /// A model that is on the device or on its way.
 struct Held {
-    /// Distinguishes it from a later one of the same key.
+    /// Distinguishes it from every other one, of nodes before and behind this one, too.
     number: u64,
+    /// A hash of its manifest.
+    index: Bytes,
+    /// With the keeper. Before the slab: what the keeper has is not free.
+    kept: Option<KeptSlab>,
     slab: Slab,
     layout: Arc<Layout>,
     gate: u64,
@@ -123,13 +152,38 @@ pub(crate) enum Landing {
 }
 
 /// What a delivery did.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Arrival {
     pub(crate) load: LoadReport,
     /// From the order to the last byte.
     pub(crate) took: Duration,
     /// When that was: wall-clock time since the Unix epoch.
     pub(crate) ended: Duration,
+}
+
+/// What a slab holds, for the node that comes next.
+#[derive(Debug, Serialize, Deserialize)]
+struct SlabRecord {
+    /// Of this layout.
+    version: u32,
+    /// The device's identity.
+    device: String,
+    bytes: u64,
+    granule: u64,
+    gate: u64,
+    model: ModelName,
+    /// A hash of the manifest by which it was laid out.
+    index: Vec<u8>,
+}
+
+/// Weights on a device that the node before left, and that are what the catalog says.
+#[derive(Debug)]
+pub(crate) struct LeftSlab {
+    number: u64,
+    record: SlabRecord,
+    key: ModelKey,
+    layout: Layout,
+    granules: Vec<OwnedFd>,
 }
 
 /// An instance's hold on a model's slab. Dropped, the slab goes with the last one; see [`Lease::keep`].
@@ -168,9 +222,71 @@ pub fn device_bytes_at_most(weights: ByteSize, tensors: u64) -> ByteSize {
     Layout::at_most(weights, tensors)
 }
 
+// === impl LeftSlab ===
+
+impl LeftSlab {
+    /// What the keeper has of a node before this one. What can't be used goes. Blocks.
+    pub(crate) fn all(keeper: &Keeper, catalog: &dyn Catalog) -> Vec<Self> {
+        let left = keeper.left_slabs().unwrap_or_else(|error| {
+            tracing::warn!(%error, "weights that the node before left on devices can't be had");
+            BTreeMap::new()
+        });
+        let use_one = |(number, files)| match Self::of(number, files, catalog) {
+            Ok(slab) => Some(slab),
+            Err(why) => {
+                tracing::info!(number, why, "weights that the node before left on a device are of no use");
+                keeper.forget_slab(number);
+                None
+            }
+        };
+        left.into_iter().filter_map(use_one).collect()
+    }
+
+    fn of(number: u64, files: SlabFiles, catalog: &dyn Catalog) -> Result<Self, String> {
+        let SlabFiles { record, granules } = files;
+        let mut bytes = vec![0; RECORD_BYTES_MAX];
+        let len = rustix::io::pread(&record, &mut bytes, 0).map_err(|error| error.to_string())?;
+        let record: SlabRecord =
+            serde_json::from_slice(&bytes[..len]).map_err(|error| format!("its record: {error}"))?;
+        if record.version != SlabRecord::VERSION {
+            return Err(format!("its record is of version {}", record.version));
+        }
+        let prepared = Prepared::new(catalog, &record.model).map_err(|error| error.to_string())?;
+        let layout = Layout::of_manifest(&prepared.manifest).announcing(&prepared.files);
+        let fits =
+            (layout.arrivals().unwrap_or(0), prepared.index.as_ref()) == (record.gate, &record.index[..]);
+        if !fits || layout.bytes() > ByteSize(record.bytes) {
+            return Err(format!("{} is not what it was", record.model));
+        }
+        Ok(Self { number, key: prepared.files.key().clone(), record, layout, granules })
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+// === impl SlabRecord ===
+
+impl SlabRecord {
+    const VERSION: u32 = 1;
+
+    fn write(&self) -> io::Result<OwnedFd> {
+        let text = serde_json::to_vec(self)?;
+        let file = rustix::fs::memfd_create("stoker-slab", MemfdFlags::CLOEXEC)?;
+        let written = rustix::io::pwrite(&file, &text, 0)?;
+        if written == text.len() && written <= RECORD_BYTES_MAX {
+            Ok(file)
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
+    }
+}
+
 // === impl Slabs ===
 
 impl Slabs {
+    #[expect(clippy::too_many_arguments, reason = "one call, in which each has its name")]
     pub(crate) fn new(
         name: String,
         device: Arc<dyn Device>,
@@ -178,12 +294,68 @@ impl Slabs {
         work: ByteSize,
         store: Store,
         fleet: Fleet,
+        keeper: Option<Keeper>,
+        last: Arc<AtomicU64>,
     ) -> Self {
         let total = device.info().memory;
         let configured = configured(total, cap);
         let state = State { budget: MemoryBudget::whole(configured), total, free: total, ..State::default() };
         let (state, turn) = (Mutex::new(state), tokio::sync::Mutex::default());
-        Self { inner: Arc::new(Inner { name, device, cap, work, store, fleet, state, turn }) }
+        Self { inner: Arc::new(Inner { name, device, cap, work, store, fleet, keeper, last, state, turn }) }
+    }
+
+    /// Takes over what a node before this one left on this device; gives back what is on others.
+    pub(crate) fn adopt(&self, left: Vec<LeftSlab>) -> Vec<LeftSlab> {
+        let Inner { name, device, keeper, .. } = &*self.inner;
+        let info = device.info();
+        let (here, elsewhere): (Vec<_>, Vec<_>) =
+            left.into_iter().partition(|slab| slab.record.device == info.uuid);
+        for LeftSlab { number, record, key, layout, granules } in here {
+            let kept = keeper.as_ref().map(|keeper| keeper.keeps(number));
+            let SlabRecord { bytes, granule, gate, index, .. } = record;
+            let slab = match device.adopt(granules, ByteSize(bytes), ByteSize(granule)) {
+                Ok(slab) => slab,
+                Err(error) => {
+                    // Its memory goes with what the keeper has.
+                    tracing::warn!(device = name, model = %key.name, %error, "weights on a device can't be taken over");
+                    continue;
+                }
+            };
+            tracing::info!(device = name, model = %key.name, bytes = %slab.bytes(), "took weights over");
+            let (landed, landing) = watch::channel(Landing::Landed(Arc::default()));
+            drop(landed);
+            let held = Held {
+                number,
+                index: index.into(),
+                kept,
+                slab,
+                layout: Arc::new(layout),
+                gate,
+                landing,
+                cancel: CancellationToken::new(),
+                tenants: 0,
+                cached: None,
+                lent: None,
+            };
+            let mut state = self.inner.state.lock();
+            state.models.insert(key.clone(), held);
+            drop(state);
+            // As if somebody had just let go of it.
+            if let Some(lease) = self.join(&key) {
+                lease.keep();
+            }
+        }
+        elsewhere
+    }
+
+    /// Holds a slab that was taken over, for an instance that computes with it.
+    pub(crate) fn hold_left(&self, number: u64, index: &[u8]) -> Option<Lease> {
+        let key = {
+            let state = self.inner.state.lock();
+            let is_it = |held: &Held| held.number == number && held.index == index;
+            state.models.iter().find(|(_, held)| is_it(held))?.0.clone()
+        };
+        self.join(&key)
     }
 
     /// What an instance takes beside weights and KV cache.
@@ -199,7 +371,7 @@ impl Slabs {
     pub(crate) async fn hold(
         &self,
         files: &CheckpointFiles,
-        layout: Layout,
+        (layout, index): (Layout, Bytes),
         wanted: Wanted,
         ours: Vec<u32>,
         then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
@@ -237,7 +409,7 @@ impl Slabs {
                 Err(_) => return Err(StartFailure::Cancelled { model: model.clone() }),
             }
         };
-        self.deliver(files, slab, Arc::new(layout), gate, then)
+        self.deliver(files, slab, (Arc::new(layout), index), gate, then)
     }
 
     /// Whether it is this device.
@@ -252,14 +424,14 @@ impl Slabs {
     pub(crate) async fn lend(
         &self,
         files: &CheckpointFiles,
-        layout: Layout,
+        laid_out: (Layout, Bytes),
         wanted: Wanted,
         ours: Vec<u32>,
         then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
         may_write: bool,
     ) -> Result<(Loan, DeviceSlab, Vec<OwnedFd>), NotLent> {
         let cancelled = || NotLent::Start(StartFailure::Cancelled { model: files.key().name.clone() });
-        let lease = self.hold(files, layout, wanted, ours, then).await.map_err(NotLent::Start)?;
+        let lease = self.hold(files, laid_out, wanted, ours, then).await.map_err(NotLent::Start)?;
         let mut landing = lease.landing.clone();
         let landed =
             landing.wait_for(|landing| !landing.is_coming()).await.map_err(|_| cancelled())?.failure();
@@ -276,16 +448,22 @@ impl Slabs {
                 sums.map_err(|error| NotLent::Start(self.failed(&files.key().name, &error)))?
             }
         };
+        let mut withdrawn = None;
         let counted = lease.find(|held| {
             // This one is a tenant, too.
             if may_write && held.tenants > 1 {
                 return false;
+            }
+            if may_write {
+                // A node that comes later could not tell whether the program has.
+                withdrawn = held.kept.take();
             }
             let lent = held.lent.get_or_insert(Lent { sums, readers: 0, writers: 0 });
             let count = if may_write { &mut lent.writers } else { &mut lent.readers };
             *count += 1;
             true
         });
+        drop(withdrawn);
         if !counted.ok_or_else(cancelled)? {
             lease.keep();
             return Err(NotLent::InUse);
@@ -444,7 +622,7 @@ impl Slabs {
         &self,
         files: &CheckpointFiles,
         slab: Slab,
-        layout: Arc<Layout>,
+        (layout, index): (Arc<Layout>, Bytes),
         gate: u64,
         then: impl FnOnce(Result<&Delivered, &LoadError>) + Send + 'static,
     ) -> Result<Lease, StartFailure> {
@@ -458,10 +636,11 @@ impl Slabs {
         let (sender, landing) = watch::channel(Landing::Coming);
         let cancel = CancellationToken::new();
         let number = {
-            let mut state = self.inner.state.lock();
-            state.last += 1;
+            let number = self.inner.last.fetch_add(1, Ordering::Relaxed) + 1;
             let held = Held {
-                number: state.last,
+                number,
+                index,
+                kept: None,
                 slab,
                 layout,
                 gate,
@@ -471,8 +650,9 @@ impl Slabs {
                 cached: None,
                 lent: None,
             };
-            let number = held.number;
-            state.models.insert(key.clone(), held);
+            // One of the same key that has been given up goes, not under the lock: the keeper is told.
+            let replaced = self.inner.state.lock().models.insert(key.clone(), held);
+            drop(replaced);
             number
         };
         let (slabs, model) = (self.clone(), key.clone());
@@ -493,9 +673,56 @@ impl Slabs {
                     Landing::Failed(crate::node::start_failure(&model.name, error))
                 }
             };
+            let landed = matches!(landing, Landing::Landed(_));
             sender.send_replace(landing);
+            // Nobody waits for this.
+            if landed {
+                drop(tokio::task::spawn_blocking(move || slabs.keep(&model, number)));
+            }
         });
         Ok(Lease { slabs: self.clone(), key, number, kept: false, joined: false, landing })
+    }
+
+    /// Has the keeper keep what is there whole. Blocks.
+    fn keep(&self, key: &ModelKey, number: u64) {
+        let Inner { name, device, keeper, state, .. } = &*self.inner;
+        let Some(keeper) = keeper else { return };
+        let (slab, record) = {
+            let state = state.lock();
+            let Some(held) = state.models.get(key).filter(|held| held.number == number) else { return };
+            let record = SlabRecord {
+                version: SlabRecord::VERSION,
+                device: device.info().uuid.clone(),
+                bytes: held.slab.bytes().bytes(),
+                granule: held.slab.granule().bytes(),
+                gate: held.gate,
+                model: key.name.clone(),
+                index: held.index.to_vec(),
+            };
+            (held.slab.clone(), record)
+        };
+        let exported = slab.export().map_err(|error| error.to_string());
+        let files = exported.and_then(|granules| {
+            let record = record.write().map_err(|error| error.to_string())?;
+            Ok(SlabFiles { record, granules })
+        });
+        drop(slab);
+        let kept = match files {
+            Ok(files) => keeper.keep_slab(number, files),
+            Err(error) => {
+                tracing::warn!(device = name, model = %key.name, error, "weights would be lost with this process");
+                return;
+            }
+        };
+        let mut state = state.lock();
+        // Meanwhile it may have gone: then so does what the keeper has, outside the lock.
+        let mut kept = Some(kept);
+        // Nor is it kept if a program may have written to it since.
+        let is_it = |held: &&mut Held| held.number == number && held.lent.is_none();
+        if let Some(held) = state.models.get_mut(key).filter(is_it) {
+            held.kept = kept.take();
+        }
+        drop(state);
     }
 
     /// Takes a model off the list. Its slab goes with whoever still has it.
@@ -610,11 +837,11 @@ impl Lease {
     /// The device's.
     pub(crate) fn export(&self) -> Result<(DeviceSlab, Vec<OwnedFd>), StartFailure> {
         let model = || self.key.name.clone();
-        let (slab, layout, gate) = {
+        let (slab, layout, gate, number) = {
             let state = self.slabs.inner.state.lock();
             let held = state.models.get(&self.key).filter(|held| held.number == self.number);
             match held {
-                Some(held) => (held.slab.clone(), Arc::clone(&held.layout), held.gate),
+                Some(held) => (held.slab.clone(), Arc::clone(&held.layout), held.gate, held.number),
                 // Its delivery has failed already.
                 None => {
                     return Err(match &*self.landing.borrow() {
@@ -631,6 +858,7 @@ impl Lease {
             granules: u32::try_from(granules.len()).unwrap_or(u32::MAX),
             tensors: layout.tensors().to_vec(),
             gate,
+            number,
         };
         Ok((order, granules))
     }

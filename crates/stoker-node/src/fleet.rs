@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    os::fd::OwnedFd,
+    io,
     path::PathBuf,
     sync::{
         Arc,
@@ -12,6 +12,8 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use stoker_proto::control::{Hello, Home};
+use stoker_store::Store;
 use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
 use tokio::{
     sync::{Notify, broadcast},
@@ -21,7 +23,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     WorkerConfig, spawn,
-    worker::{Order, WorkerHandle, WorkerTask},
+    survivors::Survivor,
+    worker::{self, Lodging, Order, WorkerHandle, WorkerTask},
 };
 
 /// First pause after a worker died at its start; doubles with each death in a row.
@@ -35,6 +38,8 @@ pub(crate) struct Fleet {
 
 struct Inner {
     device: String,
+    /// What its workers say that they belong to.
+    home: String,
     config: WorkerConfig,
     workshop: Workshop,
     events: broadcast::Sender<NodeEvent>,
@@ -51,8 +56,8 @@ struct Inner {
 pub(crate) struct Workshop {
     /// Where their sockets are.
     pub(crate) sockets: PathBuf,
-    /// The pool, for reading.
-    pub(crate) pool: Arc<OwnedFd>,
+    /// Whose pool they map.
+    pub(crate) store: Store,
     /// The number of the last one.
     pub(crate) last_worker: Arc<AtomicU32>,
 }
@@ -122,16 +127,21 @@ pub(crate) struct WorkerView {
 // === impl Fleet ===
 
 impl Fleet {
-    /// A fleet that begins to start its first workers. Needs a runtime's context.
+    /// A fleet without workers; see [`Self::adopt`] and [`Self::begin`]. `hardware`: what the device is, so that none is taken
+    /// for another.
     pub(crate) fn new(
         device: String,
+        hardware: &str,
         config: WorkerConfig,
         workshop: Workshop,
         events: broadcast::Sender<NodeEvent>,
     ) -> Self {
-        let fleet = Self {
+        let command: Vec<_> = config.command.iter().map(|part| part.to_string_lossy()).collect();
+        let home = format!("{device} {hardware} {}", command.join(" "));
+        Self {
             inner: Arc::new(Inner {
                 device,
+                home,
                 config,
                 workshop,
                 events,
@@ -140,9 +150,42 @@ impl Fleet {
                 stopping: CancellationToken::new(),
                 tasks: TaskTracker::new(),
             }),
-        };
-        fleet.replenish();
-        fleet
+        }
+    }
+
+    /// Begins to start what is missing. Needs a runtime's context.
+    pub(crate) fn begin(&self) {
+        self.replenish();
+    }
+
+    /// Whether a worker that a node before this one started is as one that this one would start.
+    pub(crate) fn is_home_of(&self, hello: &Hello) -> bool {
+        hello.fleet == self.inner.home && hello.version == env!("CARGO_PKG_VERSION")
+    }
+
+    /// Goes on with such a worker, or ends it when its streams have (`ends`: how long they may take). Returns what gives it
+    /// orders. Needs a runtime's context.
+    ///
+    /// # Errors
+    /// The operating system's; the worker ends by itself then.
+    pub(crate) fn adopt(
+        &self,
+        survivor: Survivor,
+        lodging: Option<Lodging>,
+        ends: Option<Duration>,
+    ) -> io::Result<WorkerHandle> {
+        let (worker, watchdog) = (survivor.worker, self.inner.config.watchdog);
+        let state = lodging.map_or(worker::State::Idle, |lodging| worker::State::Serving { lodging });
+        let process = spawn::resume(survivor)?;
+        let mut task = WorkerTask::new(worker, process, state, watchdog, self.clone());
+        if let Some(grace) = ends {
+            task.dismiss(grace);
+        }
+        let (handle, phase) = (task.handle(), if ends.is_some() { Phase::Ending } else { task.phase() });
+        let entry = Entry { handle: Some(handle.clone()), phase };
+        self.inner.state.lock().workers.insert(worker, entry);
+        self.inner.tasks.spawn(task.run());
+        Ok(handle)
     }
 
     /// Takes an idle worker, waiting for one that is starting or unloading. Cancel-safe.
@@ -254,16 +297,15 @@ impl Fleet {
         let fleet = self.clone();
         // A fork may take longer than a runtime's thread should be held.
         let spawned = tokio::task::spawn_blocking(move || {
-            let Inner { config, workshop, .. } = &*fleet.inner;
-            spawn::spawn(worker, config, &workshop.sockets, &workshop.pool)
+            let Inner { config, workshop, home, .. } = &*fleet.inner;
+            // Each has a claim of its own to the pool, which it can let go of by itself.
+            let pool = workshop.store.pool_fd()?;
+            spawn::spawn(worker, config, &workshop.sockets, &pool, Home { fleet: home.clone() })
         });
-        let task = match spawned.await {
-            Ok(Ok(process)) => WorkerTask::new(worker, process, self.inner.config.watchdog, self.clone()),
-            Ok(Err(error)) => Err(error),
-            Err(error) => Err(error.into()),
-        };
-        match task {
-            Ok(task) => {
+        match spawned.await.unwrap_or_else(|error| Err(error.into())) {
+            Ok(process) => {
+                let watchdog = self.inner.config.watchdog;
+                let task = WorkerTask::new(worker, process, worker::State::Starting, watchdog, self.clone());
                 let handle = task.handle();
                 if let Some(entry) = self.inner.state.lock().workers.get_mut(&worker) {
                     entry.handle = Some(handle.clone());

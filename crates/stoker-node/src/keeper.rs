@@ -1,7 +1,7 @@
 //! The keeper: a small process that holds file descriptors for a node, so that memory outlives it.
 //!
 //! It has no logic: descriptors come and go by name. When a node is killed, its pool and the ledger of what is in it are
-//! still there; the next node of the same directory takes them back. When none comes in time, or a node says that it
+//! still there, and so are weights on devices; the next node of the same directory takes them back. When none comes in time, or a node says that it
 //! stops for good, the keeper ends, and the memory with it.
 //!
 //! One request is one packet of a `SOCK_SEQPACKET` Unix socket, with at most one descriptor beside it; so is the answer.
@@ -15,6 +15,7 @@ mod wire;
 use std::{io, path::PathBuf, time::Duration};
 
 pub use client::{Keeper, KeeperConfig};
+pub(crate) use client::{KeptSlab, SlabFiles};
 pub use server::{Limits, serve};
 pub use wire::{Listener, NAME_BYTES_MAX, Refusal};
 
@@ -23,6 +24,13 @@ const POOL: &str = "pool";
 
 /// What the pool's ledger is kept under.
 const LEDGER: &str = "ledger";
+
+/// What begins the names of weights on devices: behind it comes a number, and behind that [`RECORD`] or the number of a
+/// granule.
+const SLAB: &str = "slab/";
+
+/// See [`SLAB`].
+const RECORD: &str = "record";
 
 /// How long a keeper may take to answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(5);

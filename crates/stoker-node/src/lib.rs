@@ -13,12 +13,12 @@
 //! Before each start the budgets are reconciled with what the machine has (`memory`), and under memory pressure some of
 //! the cache is given back.
 //!
-//! The [`keeper`] is a process that outlives the node and has the pool's descriptors, so that the next node finds in memory
-//! what this one had.
+//! The [`keeper`] is a process that outlives the node and has the pool's descriptors and those of devices' memory, so that the
+//! next node finds in memory what this one had. Workers outlive it, too, and the next node goes on with them (`survivors`).
 //!
 //! Metrics: `stoker_node_budget_bytes{budget,kind}`, `stoker_node_available_bytes`, `stoker_node_bytes{tier}`,
 //! `stoker_node_bytes_read_total{tier}`, `stoker_node_{workers,instances}`, `stoker_node_loads_total{outcome}`,
-//! `stoker_node_load_seconds{phase}`, `stoker_node_keeper_restarts_total`, `stoker_node_device_bytes{device,kind}`,
+//! `stoker_node_load_seconds{phase}`, `stoker_node_keeper_restarts_total`, `stoker_node_workers_left_total{outcome}`, `stoker_node_device_bytes{device,kind}`,
 //! `stoker_node_device_copied_bytes_total{device}`.
 
 mod adopt;
@@ -32,6 +32,7 @@ mod memory;
 mod node;
 mod runtime;
 mod spawn;
+mod survivors;
 mod worker;
 
 pub use adopt::open_store;

@@ -3,21 +3,26 @@
 use std::{
     os::fd::OwnedFd,
     path::Path,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, AtomicU64},
+    },
     time::Duration,
 };
 
 use bytes::Bytes;
+use sha2::{Digest, Sha256};
 use stoker_checkpoint::{Manifest, Trust};
 use stoker_io::LentPool;
 use stoker_proto::control::{FileSlots, Load};
 use stoker_store::{
-    CheckpointFiles, Delivered, Evicted, Layout, LoadError, LoadReport, Priority, Resident, Store, Watermark,
+    CheckpointFiles, Delivered, Evicted, KeptModel, Layout, LoadError, LoadReport, Priority, Resident, Store,
+    Watermark,
 };
 use stoker_types::{
-    ByteSize, DeviceId, DeviceMemoryState, FileChange, InstanceId, ModelName, NodeEvent, NodeMemory,
-    NodeSnapshot, Period, Phase, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier, TierBytes,
-    Timeline, WorkerState, WorkerStatus, clock,
+    ByteSize, DeviceId, DeviceMemoryState, FileChange, Generation, InstanceId, ModelName, NodeEvent,
+    NodeMemory, NodeSnapshot, Period, Phase, StartFailure, StartOrder, Started, StopFailure, StopMode, Tier,
+    TierBytes, Timeline, WorkerState, WorkerStatus, clock,
 };
 use tokio::{
     sync::{broadcast, oneshot, watch},
@@ -28,16 +33,20 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::{
     Catalog, CatalogEntry, Keeper, NodeConfig, NodeDevice, NodeError, RuntimeDir, WorkerConfig,
     clients::{NotShared, Shared, SharedSlab},
-    devices::{Landing, NotLent, Slabs, Wanted},
+    devices::{KEPT_FOR, Landing, LeftSlab, NotLent, Slabs, Wanted},
     fleet::{self, Fleet, Lease, NoWorker, WorkerView, Workshop},
-    lodging::{Instances, Tenancy},
+    lodging::{Instance, Instances, LeftInstance, Tenancy},
     memory::{self, Memory, MemoryConfig, PressureTrigger},
     spawn,
+    survivors::{Left, Serving, Survivor},
     worker::{Busy, LoadFailure, LoadTimes, Lodging, Order, Weights},
 };
 
 /// Events that a slow listener may be behind; it is told when it has missed some.
 const EVENTS_MAX: usize = 256;
+
+/// How long streams may go on of a worker of before this node's start that isn't gone on with.
+const DRAIN_GRACE: Duration = Duration::from_mins(1);
 
 /// What a worker may take beyond its streams' grace to end.
 const KILL_AFTER: Duration = Duration::from_secs(7);
@@ -91,11 +100,13 @@ enum Origin {
 }
 
 /// A model of the catalog, ready to be started.
-struct Prepared {
-    files: CheckpointFiles,
-    manifest: Arc<Manifest>,
+pub(crate) struct Prepared {
+    pub(crate) files: CheckpointFiles,
+    pub(crate) manifest: Arc<Manifest>,
     /// The manifest for the worker.
     manifest_json: Bytes,
+    /// Its hash.
+    pub(crate) index: Bytes,
 }
 
 // === impl Node ===
@@ -111,26 +122,40 @@ impl Node {
         if commands.into_iter().any(|workers| workers.command.is_empty()) {
             return Err(NodeError::NoWorkerCommand);
         }
-        let pool = store.pool_fd().map_err(NodeError::Pool)?;
+        let pool = pool_identity(&store).map_err(NodeError::Pool)?;
         let (events, _) = broadcast::channel(EVENTS_MAX);
-        let workshop =
-            Workshop { sockets: runtime.sockets(), pool: Arc::new(pool), last_worker: Arc::default() };
-        let fleet = |name: &str, workers: WorkerConfig| {
-            Fleet::new(name.to_owned(), workers, workshop.clone(), events.clone())
+        let last_worker = Arc::new(AtomicU32::new(runtime.last_worker()));
+        let workshop = Workshop { sockets: runtime.sockets(), store: store.clone(), last_worker };
+        let fleet = |name: &str, hardware: &str, workers: WorkerConfig| {
+            Fleet::new(name.to_owned(), hardware, workers, workshop.clone(), events.clone())
         };
+        let Left { workers: survivors, slabs: mut left_slabs, .. } =
+            std::mem::take(&mut *runtime.left().lock());
+        let last_slab = left_slabs.iter().map(LeftSlab::number).max().unwrap_or(0);
+        let last_slab = Arc::new(AtomicU64::new(last_slab));
         let places: Vec<Place> = if devices.is_empty() {
             let threads = workers.threads;
-            vec![Place { fleet: fleet("cpu", workers), slabs: None, threads }]
+            vec![Place { fleet: fleet("cpu", "", workers), slabs: None, threads }]
         } else {
             let place = |NodeDevice { name, device, memory, work, workers }| {
                 let threads = workers.threads;
-                let fleet = fleet(&name, workers);
-                let slabs = Slabs::new(name, device, memory, work, store.clone(), fleet.clone());
+                let fleet = fleet(&name, &device.info().uuid, workers);
+                let (store, keeper, last_slab) = (store.clone(), keeper.clone(), Arc::clone(&last_slab));
+                let slabs = Slabs::new(name, device, memory, work, store, fleet.clone(), keeper, last_slab);
+                left_slabs = slabs.adopt(std::mem::take(&mut left_slabs));
                 Place { fleet, slabs: Some(slabs), threads }
             };
             devices.into_iter().map(place).collect()
         };
+        for (slab, keeper) in left_slabs.iter().zip(keeper.iter().cycle()) {
+            // Of a device that isn't served from any more.
+            keeper.forget_slab(slab.number());
+        }
         let instances = Instances::default();
+        for survivor in survivors {
+            take_over(survivor, pool, &places, &instances);
+        }
+        places.iter().for_each(|place| place.fleet.begin());
         let telling = tell_changes(&store, events.clone());
         let MemoryConfig { kv, probe, pressure } = memory;
         let memory = Memory::new(kv, probe, store.clone(), instances.clone());
@@ -146,6 +171,9 @@ impl Node {
             keeper,
             _runtime: runtime,
         });
+        if !inner.instances.left(None).is_empty() {
+            tokio::spawn(let_left_go(Arc::downgrade(&inner)));
+        }
         Ok(Self { inner })
     }
 
@@ -159,6 +187,14 @@ impl Node {
     pub async fn start(&self, order: StartOrder) -> Result<Started, StartFailure> {
         let model = order.model.clone();
         let begun = tokio::time::Instant::now();
+        if let Some(Instance { worker: Some(worker), .. }) = self.inner.instances.repeated(&order) {
+            tracing::info!(%model, worker = %worker.worker, "an order of before this node's start; its instance is there");
+            return Ok(Started {
+                worker: worker.worker,
+                socket: worker.socket,
+                timeline: Timeline::default(),
+            });
+        }
         let in_memory = self.place(order.device).is_some_and(|place| place.slabs.is_none());
         let tenancy = self.inner.instances.begin(&order, in_memory)?;
         let cancel = tenancy.cancel.clone();
@@ -167,7 +203,7 @@ impl Node {
         let outcome = tokio::select! {
             biased;
             () = cancel.cancelled() => Err(StartFailure::Cancelled { model: model.clone() }),
-            outcome = self.bring_up(order, tenancy) => outcome,
+            outcome = self.bring_up_or_make_room(order, tenancy) => outcome,
         };
         let label = if outcome.is_ok() { "ok" } else { "failed" };
         metrics::counter!("stoker_node_loads_total", "outcome" => label).increment(1);
@@ -181,6 +217,66 @@ impl Node {
         Ok(started)
     }
 
+    /// As [`Self::bring_up`]. Instances that were left and that nobody has asked for give way.
+    async fn bring_up_or_make_room(
+        &self,
+        order: StartOrder,
+        tenancy: Arc<Tenancy>,
+    ) -> Result<Started, StartFailure> {
+        loop {
+            match self.bring_up(order.clone(), Arc::clone(&tenancy)).await {
+                Err(StartFailure::OutOfMemory { .. }) if self.reclaim(order.device).await => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Has instances go that were left and that nobody has asked for, as long as all together take more than there may be.
+    async fn fit_left(&self, memory: NodeMemory) {
+        for instance in self.inner.instances.left(None) {
+            let kv: ByteSize = self.inner.instances.kv_caches().into_iter().map(|(_, bytes)| bytes).sum();
+            let mapped = self.inner.store.stats().mapped;
+            if mapped <= memory.dram.effective && kv <= memory.kv.effective {
+                return;
+            }
+            // One that is busy stays for now.
+            let _ = self.stop(instance, StopMode::IfIdle).await;
+        }
+    }
+
+    /// Lets go of an idle instance that was left on a device and that nobody has asked for. False: there is none.
+    async fn reclaim(&self, device: DeviceId) -> bool {
+        for instance in self.inner.instances.left(Some(device)) {
+            if self.stop(instance, StopMode::IfIdle).await.is_ok() {
+                tracing::info!(%instance, "an instance of before this node's start made room");
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Goes on with an instance that was left and is as the order wants one: its worker, its streams, its KV cache.
+    async fn claim(
+        &self,
+        order: &StartOrder,
+        prepared: &Prepared,
+        tenancy: &Arc<Tenancy>,
+    ) -> Option<Started> {
+        let (from, worker) = self.inner.instances.claim(order, &prepared.index)?;
+        let (reply, renamed) = oneshot::channel();
+        let (tenancy, generation) = (Arc::clone(tenancy), order.generation);
+        worker.give(Order::Rename { from, tenancy, generation, reply }).await;
+        // No answer: it has died, or is ending.
+        renamed.await.ok()?;
+        let tier = if self.place(order.device)?.slabs.is_some() { Tier::Device } else { Tier::Dram };
+        let bytes = vec![TierBytes { tier, bytes: prepared.files.bytes() }];
+        let timeline = Timeline { phases: Vec::new(), bytes };
+        let started = Started { worker: worker.worker, socket: worker.socket.clone(), timeline };
+        self.inner.instances.serving(order.instance, worker);
+        tracing::info!(was = %from, instance = %order.instance, "went on with an instance of before this node's start");
+        Some(started)
+    }
+
     async fn bring_up(&self, order: StartOrder, tenancy: Arc<Tenancy>) -> Result<Started, StartFailure> {
         let (instance, model) = (order.instance, order.model.clone());
         let failed = |detail: &str| StartFailure::Worker { model: model.clone(), detail: detail.to_owned() };
@@ -189,11 +285,14 @@ impl Node {
             .ok_or_else(|| failed(&format!("no device {} on this server", order.device)))?;
         let (prepared, room) = tokio::join!(self.prepare(&model), self.find_room(&model));
         let prepared = prepared?;
+        if let Some(started) = self.claim(&order, &prepared, &tenancy).await {
+            return Ok(started);
+        }
         if place.slabs.is_none() {
             self.check_kv(&order, &room).await?;
         }
         let (lease, brought) =
-            tokio::try_join!(self.take_worker(place, &model), self.bring(place, &order, prepared))?;
+            tokio::try_join!(self.take_worker(place, &order), self.bring(place, &order, prepared))?;
         let Brought { load, granules, weights, origin } = brought;
 
         let worker = lease.handle().clone();
@@ -232,8 +331,10 @@ impl Node {
         prepared: Prepared,
     ) -> Result<Brought, StartFailure> {
         let StartOrder { instance, generation, model, device, context, sequences_max, kv_bytes } = order;
-        let Prepared { files, manifest, manifest_json } = prepared;
+        let Prepared { files, manifest, manifest_json, index } = prepared;
         let mut load = Load {
+            model: model.as_str().to_owned(),
+            index: index.clone(),
             instance: instance.0,
             generation: generation.0,
             manifest_json,
@@ -256,7 +357,7 @@ impl Node {
         let layout = Layout::of_manifest(&manifest);
         let bytes = layout.bytes();
         let then = self.tell_delivered(model);
-        let lease = slabs.hold(&files, layout, wanted, self.ours(), then).await?;
+        let lease = slabs.hold(&files, (layout, index), wanted, self.ours(), then).await?;
         let (slab, granules) = lease.export()?;
         load.slab = Some(slab);
         let origin = Origin::Device { landing: lease.landing.clone(), joined: lease.joined, weights: bytes };
@@ -324,7 +425,7 @@ impl Node {
         may_write: bool,
     ) -> Result<SharedSlab, NotShared> {
         let prepared = self.on_catalog(model, Prepared::to_share).await.map_err(NotShared::Start)?;
-        let Prepared { files, manifest, manifest_json } = prepared;
+        let Prepared { files, manifest, manifest_json, index } = prepared;
         let place = (0..).zip(&self.inner.places).find_map(|(id, place)| {
             let slabs = place.slabs.as_ref().filter(|slabs| slabs.is(uuid))?;
             Some((DeviceId(id), slabs))
@@ -337,7 +438,7 @@ impl Node {
         let wanted = Wanted { beside, kv: ByteSize::ZERO, context: 0 };
         let then = self.tell_delivered(model);
         let layout = Layout::of_manifest(&manifest);
-        let lent = slabs.lend(&files, layout, wanted, self.ours(), then, may_write).await;
+        let lent = slabs.lend(&files, (layout, index), wanted, self.ours(), then, may_write).await;
         let (loan, slab, granules) = lent.map_err(|error| match error {
             NotLent::Start(failure) => NotShared::Start(failure),
             NotLent::InUse => NotShared::Unsupported(format!(
@@ -390,7 +491,8 @@ impl Node {
     /// Looks at the machine, makes the budgets follow, and returns the state then. While the machine has less than was
     /// configured, also seeks who has the rest. Cancel-safe.
     pub async fn look(&self) -> NodeSnapshot {
-        self.inner.memory.reconcile().await;
+        let memory = self.inner.memory.reconcile().await;
+        self.fit_left(memory).await;
         self.blame().await;
         for slabs in self.slabs() {
             slabs.look(self.ours()).await;
@@ -510,11 +612,18 @@ impl Node {
         StartFailure::OutOfMemory { model: model.clone(), needed, free, detail }
     }
 
-    async fn take_worker(&self, place: &Place, model: &ModelName) -> Result<Lease, StartFailure> {
-        place.fleet.take().await.map_err(|no_worker| match no_worker {
-            NoWorker::Stopping => StartFailure::Cancelled { model: model.clone() },
-            other => StartFailure::Worker { model: model.clone(), detail: other.to_string() },
-        })
+    async fn take_worker(&self, place: &Place, order: &StartOrder) -> Result<Lease, StartFailure> {
+        let model = &order.model;
+        loop {
+            match place.fleet.take().await {
+                Ok(lease) => return Ok(lease),
+                Err(NoWorker::AllServing { .. }) if self.reclaim(order.device).await => {}
+                Err(NoWorker::Stopping) => return Err(StartFailure::Cancelled { model: model.clone() }),
+                Err(other) => {
+                    return Err(StartFailure::Worker { model: model.clone(), detail: other.to_string() });
+                }
+            }
+        }
     }
 
     async fn bring_in(
@@ -555,7 +664,7 @@ impl Node {
 // === impl Prepared ===
 
 impl Prepared {
-    fn new(catalog: &dyn Catalog, model: &ModelName) -> Result<Self, StartFailure> {
+    pub(crate) fn new(catalog: &dyn Catalog, model: &ModelName) -> Result<Self, StartFailure> {
         let not_runnable = |why| StartFailure::NotRunnable { model: model.clone(), why };
         let CatalogEntry { dir, manifest } = catalog.lookup(model)?;
         match (&manifest.refusal, &manifest.config) {
@@ -582,8 +691,10 @@ impl Prepared {
         let mut manifest = Arc::unwrap_or_clone(manifest);
         manifest.files.iter_mut().for_each(|file| file.chunk_sums.clear());
         manifest.trust = Trust::None;
-        let manifest_json = serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
-        Ok(Self { files, manifest: Arc::new(manifest), manifest_json })
+        let manifest_json: Bytes =
+            serde_json::to_vec(&manifest).map_err(|e| not_runnable(e.to_string()))?.into();
+        let index = Bytes::copy_from_slice(&Sha256::digest(&manifest_json));
+        Ok(Self { files, manifest: Arc::new(manifest), manifest_json, index })
     }
 }
 
@@ -624,6 +735,75 @@ impl Origin {
         timeline.record(Phase::Init, None, init);
         timeline.place(Phase::Init, Period::until(ended, init));
         timeline
+    }
+}
+
+/// Goes on with a worker of a node before this one, if it is as one of this node would be and what it serves is what it
+/// should be. Otherwise its streams may finish, and another takes its place.
+fn take_over(survivor: Survivor, pool: (u64, u64), places: &[Place], instances: &Instances) {
+    let (worker, pid) = (survivor.worker, survivor.hello.pid);
+    let home = places.iter().position(|place| place.fleet.is_home_of(&survivor.hello));
+    let (mut usable, at) = (home.is_some() && survivor.has_pool(pool), home.unwrap_or(0));
+    usable &= !survivor.hello.ending;
+    let Some(place) = places.get(at) else { return };
+    let mut survivor = survivor;
+    let lodging = survivor.serving.take().map(|Serving { model, load, kept }| {
+        let lease = || place.slabs.as_ref()?.hold_left(load.slab.as_ref()?.number, &load.index);
+        let weights = match (kept, lease()) {
+            (Some(KeptModel::Resident(resident)), _) => Weights::Pool { _resident: resident },
+            (_, Some(lease)) => Weights::Device(lease),
+            (Some(KeptModel::Remains(chunks)), None) => Weights::Remains { _chunks: chunks },
+            (None, None) => Weights::Remains { _chunks: Vec::new() },
+        };
+        usable &= !matches!(weights, Weights::Remains { .. });
+        let left = LeftInstance {
+            generation: Generation(load.generation),
+            model,
+            index: load.index,
+            context: load.context,
+            sequences_max: load.sequences_max,
+        };
+        let kv = (ByteSize(load.kv_bytes), place.slabs.is_none());
+        let device = DeviceId(u32::try_from(at).unwrap_or(u32::MAX));
+        let tenancy = instances.take_over(InstanceId(load.instance), device, kv, left, usable);
+        Lodging { weights, tenancy }
+    });
+    let instance = lodging.as_ref().map(|lodging| lodging.tenancy.instance);
+    let outcome = if usable { "adopted" } else { "drained" };
+    metrics::counter!("stoker_node_workers_left_total", "outcome" => outcome).increment(1);
+    match place.fleet.adopt(survivor, lodging, (!usable).then_some(DRAIN_GRACE)) {
+        Ok(handle) => {
+            tracing::info!(%worker, pid, ?instance, outcome, "a worker of before this node's start");
+            if let Some(instance) = instance {
+                instances.serving(instance, handle);
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%worker, pid, %error, "a worker of before this node's start can't be taken over")
+        }
+    }
+}
+
+/// Which file the store's pool is; of one that isn't shared none that anybody else can have.
+fn pool_identity(store: &Store) -> std::io::Result<(u64, u64)> {
+    let Some(memory) = store.memory()? else { return Ok((u64::MAX, u64::MAX)) };
+    let stat = rustix::fs::fstat(&memory.pool)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+/// Has instances go that were left and that nobody asks for. Ends when there is none, or no node.
+async fn let_left_go(inner: Weak<Inner>) {
+    loop {
+        tokio::time::sleep(KEPT_FOR).await;
+        let Some(inner) = inner.upgrade() else { return };
+        let node = Node { inner };
+        for instance in node.inner.instances.left(None) {
+            // One that is busy, and whose streams are an earlier node's, is looked at again.
+            let _ = node.stop(instance, StopMode::IfIdle).await;
+        }
+        if node.inner.instances.left(None).is_empty() {
+            return;
+        }
     }
 }
 

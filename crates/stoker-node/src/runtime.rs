@@ -1,12 +1,24 @@
 //! The directory of a node: its sockets, and the lock that keeps it to one node.
 
 use std::{
+    collections::BTreeSet,
     fs::{DirBuilder, File, Permissions, TryLockError},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::{
+        fs::{DirBuilderExt, PermissionsExt},
+        net::UnixStream,
+    },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use crate::NodeError;
+use parking_lot::Mutex;
+use stoker_types::WorkerId;
+
+use crate::{
+    NodeError,
+    spawn::SocketFile,
+    survivors::{Found, Left, Sockets},
+};
 
 /// Longest path of a Unix socket, bytes (`sun_path`, with its end).
 const SOCKET_PATH_MAX: usize = 107;
@@ -20,12 +32,15 @@ const SOCKET_NAME: &str = "/workers/w4294967295.sock";
 pub struct RuntimeDir {
     path: PathBuf,
     sockets: PathBuf,
+    /// The highest number that a worker of an earlier node has.
+    last_worker: u32,
+    left: Mutex<Left>,
     _lock: File,
 }
 
 impl RuntimeDir {
-    /// Makes the directory with mode 0700 if it isn't there, takes it for this process, and removes the workers' sockets of
-    /// a node that is gone.
+    /// Makes the directory with mode 0700 if it isn't there, takes it for this process, connects to the workers that a node
+    /// left there, and removes the sockets of those that are gone.
     ///
     /// # Errors
     /// [`NodeError::InUse`] when another node has it; `RuntimeDir`; `PathTooLong`.
@@ -45,13 +60,33 @@ impl RuntimeDir {
             Err(TryLockError::WouldBlock) => return Err(NodeError::InUse { path: path.to_owned() }),
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
+        let mut workers = BTreeSet::new();
         for entry in std::fs::read_dir(&sockets).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            if path.extension().is_some_and(|e| e == "sock") {
-                std::fs::remove_file(&path).map_err(failed)?;
+            match (worker_of(&path), path.extension().and_then(|e| e.to_str())) {
+                (Some(worker), Some("sock" | "next")) => drop(workers.insert(worker)),
+                (None, Some("sock" | "next")) => std::fs::remove_file(&path).map_err(failed)?,
+                _ => {}
             }
         }
-        Ok(Self { path: path.to_owned(), sockets, _lock: lock })
+        let last_worker = workers.last().map_or(0, |worker| worker.0);
+        let find = |worker| {
+            let files = Sockets::of(&sockets, worker);
+            // Nobody listens: the worker is gone. Dropped, its files go.
+            let control = UnixStream::connect(files.successor.path()).ok()?;
+            Some(Found { worker, control, sockets: files })
+        };
+        let left = Left::found(workers.into_iter().filter_map(find).collect());
+        Ok(Self { path: path.to_owned(), sockets, last_worker, left: Mutex::new(left), _lock: lock })
+    }
+
+    /// Hears what the workers serve that the node before left; who says nothing within `grace` is not taken over. Before
+    /// the memory is asked for that it left ([`crate::Keeper::recover`]): who has not been met is in the way of that. On the
+    /// runtime that the node will be opened on. Cancel-safe.
+    pub async fn meet(&self, grace: Duration) {
+        let found = self.left.lock().take_found();
+        let met = Left::meet(found, grace).await;
+        self.left.lock().workers.extend(met);
     }
 
     /// Where a keeper of this directory listens.
@@ -60,8 +95,33 @@ impl RuntimeDir {
         self.path.join("keeper.sock")
     }
 
+    /// What the node before left, as far as it is known.
+    pub(crate) fn left(&self) -> &Mutex<Left> {
+        &self.left
+    }
+
     /// Where workers' sockets are.
     pub(crate) fn sockets(&self) -> PathBuf {
         self.sockets.clone()
+    }
+
+    /// The highest number that a worker has had which may still be there.
+    pub(crate) fn last_worker(&self) -> u32 {
+        self.last_worker
+    }
+}
+
+/// Whose socket it is.
+fn worker_of(path: &Path) -> Option<WorkerId> {
+    path.file_stem()?.to_str()?.strip_prefix('w')?.parse().ok().map(WorkerId)
+}
+
+// === impl Sockets ===
+
+impl Sockets {
+    /// A worker's sockets' files, which are there or will be.
+    pub(crate) fn of(dir: &Path, worker: WorkerId) -> Self {
+        let file = |what: &str| SocketFile::at(dir.join(format!("{worker}.{what}")));
+        Self { streams: file("sock"), successor: file("next") }
     }
 }

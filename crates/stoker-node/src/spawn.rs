@@ -1,4 +1,4 @@
-//! One worker process: its start, its socket, its last words.
+//! One worker process: its start, or how it is gone on with; its sockets; its last words.
 
 use std::{
     collections::VecDeque,
@@ -14,17 +14,28 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use stoker_proto::control::HANDOVER_BYTE;
+use rustix::{
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    pipe::PipeFlags,
+};
+use stoker_io::ForeignProcess;
+use stoker_proto::{
+    FrameReader,
+    control::{HANDOVER_BYTE, Home, Resume, to_worker},
+};
 use stoker_types::WorkerId;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    net::unix::{OwnedReadHalf, OwnedWriteHalf},
     process::{Child, Command},
     task::JoinHandle,
 };
 use tracing::Level;
 
-use crate::WorkerConfig;
+use crate::{
+    WorkerConfig,
+    survivors::{Sockets, Survivor},
+};
 
 /// Lines that are kept of what a worker prints.
 const LINES_MAX: usize = 20;
@@ -32,14 +43,25 @@ const LINES_MAX: usize = 20;
 /// Longest line that is kept or forwarded, bytes. The rest of it is dropped.
 const LINE_BYTES_MAX: u64 = 8 << 10;
 
-/// A worker process that has been started.
+/// A worker process: started, or taken over.
 pub(crate) struct Process {
-    pub(crate) child: Child,
-    pub(crate) control: UnixStream,
-    pub(crate) socket: SocketFile,
+    pub(crate) body: Body,
+    pub(crate) reader: FrameReader<OwnedReadHalf>,
+    pub(crate) writer: OwnedWriteHalf,
+    pub(crate) sockets: Sockets,
     pub(crate) lines: LastLines,
     /// Ends when everything that the process printed has been read.
     pub(crate) forwarding: JoinHandle<()>,
+    /// What it is to hear first.
+    pub(crate) first: (to_worker::Kind, Vec<OwnedFd>),
+}
+
+/// How a process is waited for and ended.
+pub(crate) enum Body {
+    /// One that this process has started.
+    Child(Child),
+    /// One that a process started which is gone.
+    Foreign(ForeignProcess),
 }
 
 /// A socket's file, removed on drop.
@@ -56,15 +78,17 @@ pub(crate) fn spawn(
     config: &WorkerConfig,
     sockets: &Path,
     pool: &OwnedFd,
+    home: Home,
 ) -> io::Result<Process> {
     let WorkerConfig { command, env, .. } = config;
     let (program, args) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
 
-    let socket = SocketFile(sockets.join(format!("{worker}.sock")));
-    let listener = UnixListener::bind(&socket.0)?;
+    let sockets = Sockets::of(sockets, worker);
+    let listener = UnixListener::bind(sockets.streams.path())?;
+    let successor = UnixListener::bind(sockets.successor.path())?;
     let (control, theirs) = UnixStream::pair()?;
     // It lies in the socket's buffer until the worker reads it.
-    hand_over(&control, pool.as_fd(), listener.as_fd())?;
+    hand_over(&control, [pool.as_fd(), listener.as_fd(), successor.as_fd()])?;
 
     let mut child = Command::new(program)
         .args(args)
@@ -80,7 +104,23 @@ pub(crate) fn spawn(
     let lines = LastLines::default();
     let stderr = child.stderr.take().ok_or(io::ErrorKind::BrokenPipe)?;
     let forwarding = tokio::spawn(forward(worker, stderr, lines.clone()));
-    Ok(Process { child, control, socket, lines, forwarding })
+    let (read, writer) = tokio::net::UnixStream::from_std(control)?.into_split();
+    let first = (to_worker::Kind::Home(home), Vec::new());
+    let (body, reader) = (Body::Child(child), FrameReader::new(read));
+    Ok(Process { body, reader, writer, sockets, lines, forwarding, first })
+}
+
+/// Goes on with a worker that another node has started. Needs a runtime's context.
+pub(crate) fn resume(survivor: Survivor) -> io::Result<Process> {
+    let Survivor { worker, sockets, reader, writer, process, hello: _, serving: _ } = survivor;
+    let (log, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&log, true)?;
+    let log = tokio::net::unix::pipe::Receiver::from_owned_fd(log)?;
+    let lines = LastLines::default();
+    let forwarding = tokio::spawn(forward(worker, log, lines.clone()));
+    let body = Body::Foreign(process);
+    let first = (to_worker::Kind::Resume(Resume {}), vec![theirs]);
+    Ok(Process { body, reader, writer, sockets, lines, forwarding, first })
 }
 
 /// How a process ended, for people.
@@ -105,11 +145,10 @@ pub(crate) fn private_bytes(pid: u32) -> Option<u64> {
     Some(kib << 10)
 }
 
-fn hand_over(control: &UnixStream, pool: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<()> {
-    let fds = [pool, listener];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+fn hand_over(control: &UnixStream, fds: [BorrowedFd<'_>; 3]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)), "the space is made for two descriptors");
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)), "the space is made for three descriptors");
     sendmsg(control, &[IoSlice::new(&[HANDOVER_BYTE])], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
 }
@@ -148,9 +187,46 @@ fn level(line: &str) -> Level {
     [Level::ERROR, Level::WARN].into_iter().find(|l| says(l.as_str())).unwrap_or(Level::INFO)
 }
 
+// === impl Body ===
+
+impl Body {
+    pub(crate) fn pid(&self) -> u32 {
+        match self {
+            Self::Child(child) => child.id().unwrap_or_default(),
+            Self::Foreign(process) => process.pid(),
+        }
+    }
+
+    /// Waits until it has ended; how, for people. Cancel-safe.
+    pub(crate) async fn wait(&mut self) -> String {
+        match self {
+            Self::Child(child) => match child.wait().await {
+                Ok(status) => describe(status),
+                Err(error) => format!("waiting for it failed: {error}"),
+            },
+            Self::Foreign(process) => match process.ended().await {
+                Ok(()) => "ended (how, only the node could know that started it)".to_owned(),
+                Err(error) => format!("waiting for it failed: {error}"),
+            },
+        }
+    }
+
+    pub(crate) fn kill(&mut self) {
+        // That it has died already is what is waited for.
+        match self {
+            Self::Child(child) => drop(child.start_kill()),
+            Self::Foreign(process) => drop(process.kill()),
+        }
+    }
+}
+
 // === impl SocketFile ===
 
 impl SocketFile {
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }

@@ -10,6 +10,9 @@
 //! an instance holds (its chunks in the pool) is dropped only after the worker has said `Unloaded` or has been waited
 //! for: nobody reuses memory that a process has mapped.
 //!
+//! A worker that a node before this one started begins as idle or serving (`survivors`). What it serves is an instance that
+//! nobody here has ordered, until an order for its model makes it another one (`Rename`).
+//!
 //! A model on a device is given before its weights are there. What becomes of the delivery is passed on to the worker
 //! (`Landed`); when it fails, the instance goes, whatever state it is in.
 
@@ -24,19 +27,19 @@ use std::{
     time::Duration,
 };
 
+use stoker_io::Chunk;
 use stoker_proto::{
     FrameError, FrameReader, FrameWriter, PROTOCOL_VERSION,
-    control::{self, FromWorker, Hello, Landed, Load, Ping, Pong, ToWorker, Unload, from_worker, to_worker},
+    control::{
+        self, FromWorker, Hello, Landed, Load, Ping, Pong, Rename, Renamed, ToWorker, Unload, from_worker,
+        to_worker,
+    },
     send_with_descriptors,
 };
 use stoker_store::Resident;
-use stoker_types::{InstanceId, ModelName, NodeEvent, WorkerId};
+use stoker_types::{Generation, InstanceId, ModelName, NodeEvent, WorkerId};
 use tokio::{
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    process::Child,
+    net::unix::{OwnedReadHalf, OwnedWriteHalf},
     sync::{
         mpsc::{self, error::TrySendError},
         oneshot, watch,
@@ -49,7 +52,8 @@ use crate::{
     devices::{Landing, Lease},
     fleet::{Fleet, Phase},
     lodging::Tenancy,
-    spawn::{self, Process, SocketFile},
+    spawn::{self, Body, Process},
+    survivors::Sockets,
 };
 
 /// Orders that may wait for a worker's task, and frames that may wait for a worker.
@@ -81,6 +85,8 @@ pub(crate) enum Order {
     },
     /// Let the instance go.
     Unload { instance: InstanceId, force: bool, reply: oneshot::Sender<Result<(), Busy>> },
+    /// An instance that a node before this one started is another one from here on.
+    Rename { from: InstanceId, tenancy: Arc<Tenancy>, generation: Generation, reply: oneshot::Sender<()> },
     /// End the process, streams first.
     Shutdown { grace: Duration },
     /// End the process.
@@ -99,6 +105,8 @@ pub(crate) enum Weights {
     Pool { _resident: Resident },
     /// On a device.
     Device(Lease),
+    /// Of a worker that another node started and that is to end: what it has mapped of the pool must not change.
+    Remains { _chunks: Vec<Chunk> },
 }
 
 /// What a load took in the worker.
@@ -128,7 +136,7 @@ pub(crate) struct WorkerTask {
     worker: WorkerId,
     fleet: Fleet,
     watchdog: Watchdog,
-    child: Child,
+    body: Body,
     process: Ends,
     reader: FrameReader<OwnedReadHalf>,
     /// To the task that writes: a worker that doesn't read must not hold up this one.
@@ -138,6 +146,8 @@ pub(crate) struct WorkerTask {
     state: State,
     /// Of the model that it has, while that is on its way to a device.
     landing: Option<watch::Receiver<Landing>>,
+    /// The instance that the one which it serves becomes.
+    renaming: Option<(Arc<Tenancy>, oneshot::Sender<()>)>,
     pulse: Pulse,
     /// Why it is being killed by us.
     killed: Option<String>,
@@ -155,10 +165,10 @@ struct Frame {
 struct Ends {
     lines: spawn::LastLines,
     forwarding: tokio::task::JoinHandle<()>,
-    _socket: SocketFile,
+    _sockets: Sockets,
 }
 
-enum State {
+pub(crate) enum State {
     Starting,
     Idle,
     Loading {
@@ -213,37 +223,46 @@ impl WorkerTask {
     pub(crate) fn new(
         worker: WorkerId,
         process: Process,
+        state: State,
         watchdog: Watchdog,
         fleet: Fleet,
-    ) -> std::io::Result<Self> {
-        let Process { child, control, socket, lines, forwarding } = process;
-        let (read, write) = UnixStream::from_std(control)?.into_split();
+    ) -> Self {
+        let Process { body, reader, writer, sockets, lines, forwarding, first } = process;
         let (frames, to_write) = mpsc::channel(QUEUE_MAX);
-        tokio::spawn(write_frames(worker, write, to_write));
+        tokio::spawn(write_frames(worker, writer, to_write));
         let (sender, orders) = mpsc::channel(QUEUE_MAX);
         let handle = WorkerHandle {
             worker,
-            pid: child.id().unwrap_or_default(),
-            socket: socket.path().to_owned(),
+            pid: body.pid(),
+            socket: sockets.streams.path().to_owned(),
             orders: sender,
             device_bytes: Arc::default(),
         };
-        Ok(Self {
+        let mut task = Self {
             worker,
             fleet,
             watchdog,
-            child,
-            process: Ends { lines, forwarding, _socket: socket },
-            reader: FrameReader::new(read),
+            body,
+            process: Ends { lines, forwarding, _sockets: sockets },
+            reader,
             frames,
             orders,
             handle,
-            state: State::Starting,
+            state,
             landing: None,
+            renaming: None,
             pulse: Pulse::default(),
             killed: None,
             dismissed: false,
-        })
+        };
+        let (kind, descriptors) = first;
+        task.say_with(kind, descriptors);
+        task
+    }
+
+    /// What it does now.
+    pub(crate) fn phase(&self) -> Phase {
+        self.state.phase()
     }
 
     pub(crate) fn handle(&self) -> WorkerHandle {
@@ -259,7 +278,7 @@ impl WorkerTask {
             let cancel = self.state.cancel();
             let landing = self.landing.clone();
             tokio::select! {
-                status = self.child.wait() => break status,
+                status = self.body.wait() => break status,
                 message = self.reader.next::<FromWorker>(), if connected => match message {
                     Ok(Some(FromWorker { kind: Some(kind) })) => self.heard(kind),
                     Ok(Some(FromWorker { kind: None })) => {}
@@ -274,16 +293,12 @@ impl WorkerTask {
                     }
                 },
                 Some(order) = self.orders.recv() => self.obey(order),
-                () = cancel => self.cancelled(),
+                () = cancel, if self.renaming.is_none() => self.cancelled(),
                 landing = ended(landing) => self.landed(&landing),
                 _ = ticks.tick() => self.tick(connected),
             }
         };
-        let reason = match (status, self.killed.take()) {
-            (Ok(_), Some(reason)) => reason,
-            (Ok(status), None) => spawn::describe(status),
-            (Err(error), _) => format!("waiting for it failed: {error}"),
-        };
+        let reason = self.killed.take().unwrap_or(status);
         // Its pipe is at its end now, unless it gave it to somebody.
         let _ = timeout(END_TIME_MAX, &mut self.process.forwarding).await;
         self.process.forwarding.abort();
@@ -292,7 +307,7 @@ impl WorkerTask {
 
     fn heard(&mut self, kind: from_worker::Kind) {
         match kind {
-            from_worker::Kind::Hello(Hello { protocol, pid: _, device }) => {
+            from_worker::Kind::Hello(Hello { protocol, device, .. }) => {
                 if protocol != PROTOCOL_VERSION {
                     self.kill(format!(
                         "speaks version {protocol} of the protocol, this node {PROTOCOL_VERSION}"
@@ -303,6 +318,9 @@ impl WorkerTask {
                 }
             }
             from_worker::Kind::Pong(pong) => self.pulse(pong),
+            from_worker::Kind::Renamed(renamed) => self.renamed(renamed),
+            // Said to the node that took it over, before this task began.
+            from_worker::Kind::Yielded(_) => {}
             from_worker::Kind::Loaded(loaded) => match std::mem::replace(&mut self.state, State::Idle) {
                 State::Loading { lodging, reply, given_up: _ } if lodging.is(loaded.instance) => {
                     self.handle.device_bytes.store(loaded.device_bytes, Ordering::Relaxed);
@@ -380,12 +398,34 @@ impl WorkerTask {
                     let _ = reply.send(Ok(()));
                 }
             }
+            Order::Rename { from, tenancy, generation, reply } => {
+                let serves = matches!(&self.state, State::Serving { lodging } if lodging.is(from.0));
+                // Without an answer whoever asks knows that it has gone.
+                if serves && self.renaming.is_none() && !self.dismissed {
+                    let (from, to) = (from.0, tenancy.instance.0);
+                    self.renaming = Some((tenancy, reply));
+                    self.say(to_worker::Kind::Rename(Rename { from, to, generation: generation.0 }));
+                }
+            }
             Order::Shutdown { grace } => self.dismiss(grace),
             // Only said when the node stops: nobody has lost anything then.
             Order::Kill => {
                 self.dismissed = true;
                 self.kill("ended by this node".into());
             }
+        }
+    }
+
+    fn renamed(&mut self, renamed: Renamed) {
+        let Some((tenancy, reply)) = self.renaming.take() else { return };
+        let State::Serving { lodging } = &mut self.state else { return };
+        if renamed.there && tenancy.instance.0 == renamed.instance {
+            lodging.tenancy = tenancy;
+            // Nobody waits any more: whoever gave up has cancelled the instance, too.
+            let _ = reply.send(());
+            self.fleet.set_phase(self.worker, self.state.phase());
+        } else {
+            self.kill("does not know the instance that it said it serves".into());
         }
     }
 
@@ -429,7 +469,9 @@ impl WorkerTask {
         self.landing = None;
         self.handle.device_bytes.store(0, Ordering::Relaxed);
         match lodging.weights {
-            Weights::Pool { .. } => drop(lodging),
+            Weights::Pool { .. } | Weights::Remains { .. } => drop(lodging),
+            // Nobody has asked for it yet since the node began: who does, finds the weights.
+            Weights::Device(_) if lodging.tenancy.is_left() => lodging.died(false),
             // Giving a device's memory back waits for the device. The instance is gone when that is done.
             Weights::Device(_) => drop(tokio::task::spawn_blocking(move || drop(lodging))),
         }
@@ -438,6 +480,13 @@ impl WorkerTask {
 
     fn unload(&mut self, force: bool, reply: Option<oneshot::Sender<Result<(), Busy>>>) {
         match std::mem::replace(&mut self.state, State::Idle) {
+            // Not before it is known by which number.
+            State::Serving { lodging } if self.renaming.is_some() => {
+                self.state = State::Serving { lodging };
+                if let Some(reply) = reply {
+                    let _ = reply.send(Err(Busy { sequences: 0 }));
+                }
+            }
             State::Serving { lodging } => {
                 let instance = lodging.tenancy.instance.0;
                 self.change(State::Unloading { lodging, replies: reply.into_iter().collect(), force });
@@ -514,7 +563,7 @@ impl WorkerTask {
         self.pulse.steps = steps;
     }
 
-    fn dismiss(&mut self, grace: Duration) {
+    pub(crate) fn dismiss(&mut self, grace: Duration) {
         self.dismissed = true;
         let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         self.say(to_worker::Kind::Shutdown(control::Shutdown { grace_ms }));
@@ -540,8 +589,7 @@ impl WorkerTask {
                 tracing::warn!(worker = %self.worker, reason, "killing a worker");
             }
             self.killed = Some(reason);
-            // That it has died already is what we wait for.
-            let _ = self.child.start_kill();
+            self.body.kill();
         }
     }
 
@@ -682,7 +730,7 @@ impl Weights {
     /// How far they are, if they are on their way to a device.
     fn landing(&self) -> Option<watch::Receiver<Landing>> {
         match self {
-            Self::Pool { .. } => None,
+            Self::Pool { .. } | Self::Remains { .. } => None,
             Self::Device(lease) => Some(lease.landing.clone()),
         }
     }

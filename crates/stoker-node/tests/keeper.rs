@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Pid, Signal};
 use stoker_io::{ChunkPool, PoolMemory};
 use stoker_node::{
-    Keeper, KeeperConfig, KeeperError,
+    Keeper, KeeperConfig, KeeperError, RuntimeDir,
     keeper::{Limits, Listener, serve},
 };
 use stoker_types::ByteSize;
@@ -56,7 +56,12 @@ fn open(config: KeeperConfig) -> impl Future<Output = Result<Keeper, KeeperError
 
 fn recover(keeper: &Keeper) -> impl Future<Output = Option<PoolMemory>> + use<> {
     let keeper = keeper.clone();
-    blocking(move || keeper.recover(Duration::ZERO).unwrap())
+    // Without workers that are to be taken over.
+    blocking(move || {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::claim(&dir.path().join("run")).unwrap();
+        keeper.recover(&runtime, Duration::ZERO).unwrap()
+    })
 }
 
 fn kill(pid: u32) {

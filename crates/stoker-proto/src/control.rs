@@ -3,16 +3,22 @@
 //! The worker says [`Hello`] when it can take a model. The node says [`Load`]; the worker answers [`Loaded`] or
 //! [`LoadFailed`]. [`Unload`] is answered by [`Unloaded`], or by [`UnloadRefused`] when sequences are running and
 //! `force` is not set: the worker is the only judge of "idle", so no race can cut a stream. [`Ping`] is answered at
-//! once by [`Pong`], by a task that does not wait for the engine. When the control connection closes, the node is
-//! gone: the worker lets its streams finish and exits.
+//! once by [`Pong`], by a task that does not wait for the engine.
+//!
+//! When the control connection closes, the node is gone, and the worker serves on. It has a second socket that listens, for
+//! the node that comes next: on that connection it says [`Hello`] again, with what it serves ([`Hello::serving`]). While the
+//! node looks at what the one before left, workers let go of their claim to the pool's memory ([`Yield`], [`Yielded`]), so that
+//! the kernel's word on who else has it means something; [`Resume`] ends that, and from then on everything is as before. An
+//! instance that the new node goes on with gets its new names by [`Rename`]. When no node comes in time, the worker takes no
+//! new stream, lets those that run finish, and exits.
 //!
 //! A model on a device ([`Load::slab`]) is given before its weights are there; [`Landed`] says when they are, or that
 //! they will not be. A worker that can't compute before that answers [`Load`] after it. The descriptors of the device's
 //! memory come with the frame that has the order ([`crate::DescriptorReader`]).
 //!
-//! The connection is the worker's standard input. Before any frame the node sends one byte, [`HANDOVER_BYTE`], with two
-//! file descriptors behind it (`SCM_RIGHTS`): the chunk pool, opened for reading, and the bound, listening socket for
-//! streams.
+//! The first connection is the worker's standard input. Before any frame the node sends one byte, [`HANDOVER_BYTE`], with
+//! three file descriptors behind it (`SCM_RIGHTS`): the chunk pool, opened for reading, and two bound, listening sockets: for
+//! streams, and for the node that comes next. The first frame is [`Home`].
 
 #![expect(missing_docs, reason = "the derives generate undocumented helpers; fields are documented here")]
 
@@ -24,13 +30,13 @@ pub const HANDOVER_BYTE: u8 = b'S';
 /// From the node.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToWorker {
-    #[prost(oneof = "to_worker::Kind", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "to_worker::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: Option<to_worker::Kind>,
 }
 
 /// Kinds of [`ToWorker`].
 pub mod to_worker {
-    use super::{Landed, Load, Oneof, Ping, Shutdown, Unload};
+    use super::{Home, Landed, Load, Oneof, Ping, Rename, Resume, Shutdown, Unload, Yield};
 
     /// One of.
     #[derive(Clone, PartialEq, Oneof)]
@@ -45,6 +51,14 @@ pub mod to_worker {
         Shutdown(Shutdown),
         #[prost(message, tag = "5")]
         Landed(Landed),
+        #[prost(message, tag = "6")]
+        Home(Home),
+        #[prost(message, tag = "7")]
+        Yield(Yield),
+        #[prost(message, tag = "8")]
+        Resume(Resume),
+        #[prost(message, tag = "9")]
+        Rename(Rename),
     }
 }
 
@@ -81,6 +95,12 @@ pub struct Load {
     /// Device memory with the weights, instead of [`Self::files`].
     #[prost(message, optional, tag = "10")]
     pub slab: Option<DeviceSlab>,
+    /// The model's name, for whoever asks the worker what it serves.
+    #[prost(string, tag = "11")]
+    pub model: String,
+    /// A hash of [`Self::manifest_json`].
+    #[prost(bytes = "bytes", tag = "12")]
+    pub index: bytes::Bytes,
 }
 
 /// Memory of the worker's device that belongs to the node.
@@ -102,6 +122,40 @@ pub struct DeviceSlab {
     /// files, one file after the other, zero until what the slab gets of it is there.
     #[prost(uint64, tag = "5")]
     pub gate: u64,
+    /// What the node knows it by, also the node that comes next.
+    #[prost(uint64, tag = "6")]
+    pub number: u64,
+}
+
+/// Which of the node's sets of workers this one belongs to, in the node's own words: device and command line. It is said
+/// again in [`Hello`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Home {
+    #[prost(string, tag = "1")]
+    pub fleet: String,
+}
+
+/// Give up the claim to the pool's memory that lies in its descriptor, and say [`Yielded`]. What is mapped stays mapped.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Yield {}
+
+/// Claim the pool's memory again. This node is the worker's from here on. With the frame comes a descriptor, where the
+/// worker's log goes.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Resume {}
+
+/// The instance has other numbers from here on; answered by [`Renamed`]. Its streams go on.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Rename {
+    /// `InstanceId` so far.
+    #[prost(uint64, tag = "1")]
+    pub from: u64,
+    /// `InstanceId` from here on.
+    #[prost(uint64, tag = "2")]
+    pub to: u64,
+    /// `Generation` that new streams must name.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
 }
 
 /// The delivery to the device has ended.
@@ -153,13 +207,13 @@ pub struct Shutdown {
 /// From the worker.
 #[derive(Clone, PartialEq, Message)]
 pub struct FromWorker {
-    #[prost(oneof = "from_worker::Kind", tags = "1, 2, 3, 4, 5, 6")]
+    #[prost(oneof = "from_worker::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub kind: Option<from_worker::Kind>,
 }
 
 /// Kinds of [`FromWorker`].
 pub mod from_worker {
-    use super::{Hello, LoadFailed, Loaded, Oneof, Pong, UnloadRefused, Unloaded};
+    use super::{Hello, LoadFailed, Loaded, Oneof, Pong, Renamed, UnloadRefused, Unloaded, Yielded};
 
     /// One of.
     #[derive(Clone, PartialEq, Oneof)]
@@ -176,6 +230,10 @@ pub mod from_worker {
         UnloadRefused(UnloadRefused),
         #[prost(message, tag = "6")]
         Pong(Pong),
+        #[prost(message, tag = "7")]
+        Yielded(Yielded),
+        #[prost(message, tag = "8")]
+        Renamed(Renamed),
     }
 }
 
@@ -190,6 +248,37 @@ pub struct Hello {
     /// What computes, such as `cpu avx512-vnni, 2 threads`.
     #[prost(string, tag = "3")]
     pub device: String,
+    /// Version of the program.
+    #[prost(string, tag = "4")]
+    pub version: String,
+    /// [`Home::fleet`], as the node that started it said; empty before it has.
+    #[prost(string, tag = "5")]
+    pub fleet: String,
+    /// What it serves: its order with the numbers that hold now, without the manifest.
+    #[prost(message, optional, boxed, tag = "6")]
+    pub serving: Option<Box<Load>>,
+    /// The pool that it has a descriptor of: the file's device and inode.
+    #[prost(uint64, tag = "7")]
+    pub pool_device: u64,
+    #[prost(uint64, tag = "8")]
+    pub pool_inode: u64,
+    /// It takes no new stream, and ends when the last one has.
+    #[prost(bool, tag = "9")]
+    pub ending: bool,
+}
+
+/// The worker has no claim to the pool's memory but its mappings.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Yielded {}
+
+/// The instance has its new numbers, or is not there.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Renamed {
+    /// `InstanceId` that it has now.
+    #[prost(uint64, tag = "1")]
+    pub instance: u64,
+    #[prost(bool, tag = "2")]
+    pub there: bool,
 }
 
 /// The model is mapped and streams may come.

@@ -119,6 +119,11 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         &self.inner
     }
 
+    /// What it writes to. What was pushed and not flushed is lost.
+    pub fn into_inner(self) -> W {
+        self.inner
+    }
+
     /// Adds a message to what the next [`flush`](Self::flush) sends.
     ///
     /// # Errors

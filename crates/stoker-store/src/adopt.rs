@@ -6,8 +6,11 @@
 //! entered the cache after its sum was found right), whatever the killed process did in its last moments.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::atomic::{AtomicUsize, Ordering},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,6 +25,7 @@ use crate::{
     cache::Cache,
     error::OpenError,
     files::{CheckpointFiles, ChunkRef, SourceFile},
+    load::{FileSlots, Resident},
     store::{Store, StoreConfig},
 };
 
@@ -55,6 +59,25 @@ pub struct Adoption {
     pub check: Duration,
 }
 
+/// A model that a process has mapped which outlived the store before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MappedModel {
+    /// Which.
+    pub model: ModelName,
+    /// Where its files lie in the pool, in the order of its manifest.
+    pub files: Vec<FileSlots>,
+}
+
+/// What keeps the memory of a [`MappedModel`] as it is, for as long as this lives.
+#[derive(Debug)]
+pub enum KeptModel {
+    /// All of it is in memory, is what it should be, and lies where it is mapped.
+    Resident(Resident),
+    /// It isn't: the file is another, a sum is wrong, or nobody knows the model. Nobody is to compute with it, and nobody
+    /// else gets its slots.
+    Remains(Vec<Chunk>),
+}
+
 /// A chunk whose place in a model is known.
 struct Candidate {
     model: usize,
@@ -65,7 +88,8 @@ struct Candidate {
 
 impl Store {
     /// As [`Self::open`], with memory that another store left ([`Self::memory`]), whose process has ended, as have its
-    /// workers. What programs have mapped to whom it was lent ([`Self::lend`]) is neither evicted nor written to until they have
+    /// workers, but those that have exactly `mapped`: what keeps that is returned in the same order. What programs have mapped
+    /// to whom it was lent ([`Self::lend`]) is neither evicted nor written to until they have
     /// let go. `known` says what a model's files are now. Blocks for as long as the sums of all that
     /// is in memory take: with several cores about 20 ms for each GiB.
     ///
@@ -75,12 +99,20 @@ impl Store {
         config: StoreConfig,
         memory: PoolMemory,
         known: impl Fn(&ModelName) -> Option<CheckpointFiles>,
-    ) -> Result<(Self, Adoption), OpenError> {
+        mapped: &[MappedModel],
+    ) -> Result<(Self, Adoption, Vec<KeptModel>), OpenError> {
         let begun = clock::now();
+        let slots = mapped.iter().flat_map(|model| &model.files).flat_map(|file| &file.slots).copied();
+        let slots: BTreeSet<u32> = slots.collect();
         let AdoptedPool { pool, chunks, damaged, lent, orphans } =
-            ChunkPool::adopt(memory, config.capacity.max(config.budget), config.chunk)?;
-        let slots = lent.iter().map(ExactSizeIterator::len).sum();
-        let mut adoption = Adoption { damaged, lent: slots, ..Adoption::default() };
+            ChunkPool::adopt(memory, config.capacity.max(config.budget), config.chunk, &slots)?;
+        let lent_slots = lent.iter().map(ExactSizeIterator::len).sum();
+        let mut adoption = Adoption { damaged, lent: lent_slots, ..Adoption::default() };
+        // From here on: whatever becomes of a chunk below, its slot stays what it is while somebody has it mapped.
+        let named = chunks.iter().map(|(chunk, _)| chunk);
+        let in_mappings = named.chain(&orphans).filter(|chunk| slots.contains(&chunk.slot()));
+        let in_mappings: HashMap<u32, Chunk> =
+            in_mappings.map(|chunk| (chunk.slot(), chunk.clone())).collect();
         let lent = Borrowed::new(&lent, &chunks, orphans);
         let (models, candidates) = identify(chunks, pool.chunk_bytes() as u64, known, &mut adoption);
 
@@ -97,7 +129,19 @@ impl Store {
         }
         // Before anything is evicted.
         store.keep_lent(lent)?;
-        let shared = store.shared();
+        let shared = Arc::clone(store.shared());
+        let kept = mapped.iter().map(|model| {
+            let files = models.iter().find(|files| files.key().name == model.model);
+            match files.and_then(|files| Resident::mapped(&shared, files, &model.files)) {
+                Some(resident) => KeptModel::Resident(resident),
+                None => {
+                    let slots = model.files.iter().flat_map(|file| &file.slots);
+                    KeptModel::Remains(slots.filter_map(|slot| in_mappings.get(slot).cloned()).collect())
+                }
+            }
+        });
+        let kept: Vec<KeptModel> = kept.collect();
+        drop(in_mappings);
         adoption.evicted = shared.set_budget(budget);
         let residency = shared.stats().residency;
         adoption.models = residency.len();
@@ -110,7 +154,7 @@ impl Store {
         }
         adoption.total = begun.elapsed();
         metrics::counter!("stoker_store_adopted_bytes_total").increment(adoption.bytes.bytes());
-        Ok((store, adoption))
+        Ok((store, adoption, kept))
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use stoker_io::{Chunk, ChunkBuf, Record};
+use stoker_io::{Chunk, Record};
 
 use crate::{files::ModelKey, shared::Shared};
 
@@ -23,19 +23,14 @@ const ASKED_EVERY: Duration = Duration::from_millis(100);
 /// What programs of the store before have, before it is known whose it is now.
 pub(crate) struct Borrowed {
     chunks: Vec<Chunk>,
-    orphans: Vec<ChunkBuf>,
+    orphans: Vec<Chunk>,
 }
 
 /// What is kept for them.
 struct Kept {
     models: HashMap<ModelKey, BTreeSet<u32>>,
-    slots: BTreeMap<u32, Slot>,
-}
-
-/// Memory that is no model's.
-enum Slot {
-    Chunk(#[expect(dead_code, reason = "kept, not looked at")] Chunk),
-    Orphan(#[expect(dead_code, reason = "kept, not looked at")] ChunkBuf),
+    /// Memory that is no model's.
+    slots: BTreeMap<u32, Chunk>,
 }
 
 /// The thread that asks. Dropped, it ends.
@@ -47,10 +42,11 @@ pub(crate) struct Watch {
 // === impl Borrowed ===
 
 impl Borrowed {
-    pub(crate) fn new(lent: &[Range<u32>], chunks: &[(Chunk, Record)], orphans: Vec<ChunkBuf>) -> Self {
+    pub(crate) fn new(lent: &[Range<u32>], chunks: &[(Chunk, Record)], orphans: Vec<Chunk>) -> Self {
         let slots: BTreeSet<u32> = lent.iter().cloned().flatten().collect();
         let chunks = chunks.iter().map(|(chunk, _)| chunk).filter(|chunk| slots.contains(&chunk.slot()));
-        Self { chunks: chunks.cloned().collect(), orphans }
+        let orphans = orphans.into_iter().filter(|orphan| slots.contains(&orphan.slot()));
+        Self { chunks: chunks.cloned().collect(), orphans: orphans.collect() }
     }
 
     /// Holds it all, and watches until it is free. Before anybody else uses the store.
@@ -60,13 +56,13 @@ impl Borrowed {
             return Ok(None);
         }
         let mut kept = Kept { models: HashMap::new(), slots: BTreeMap::new() };
-        kept.slots.extend(orphans.into_iter().map(|buf| (buf.slot(), Slot::Orphan(buf))));
+        kept.slots.extend(orphans.into_iter().map(|chunk| (chunk.slot(), chunk)));
         {
             let state = &mut *shared.lock();
             for chunk in chunks {
                 match state.cache.whose(chunk.slot()) {
                     Some(key) => drop(kept.models.entry(key).or_default().insert(chunk.slot())),
-                    None => drop(kept.slots.insert(chunk.slot(), Slot::Chunk(chunk))),
+                    None => drop(kept.slots.insert(chunk.slot(), chunk)),
                 }
             }
             for key in kept.models.keys() {

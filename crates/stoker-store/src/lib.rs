@@ -98,7 +98,7 @@ mod store;
 mod stream;
 mod transfer;
 
-pub use adopt::Adoption;
+pub use adopt::{Adoption, KeptModel, MappedModel};
 pub use check::Checked;
 pub use deliver::{Delivered, Delivering, DeviceTarget, Keep};
 pub use error::{LoadError, OpenError, Retry};

@@ -154,6 +154,24 @@ impl Watermark {
 // === impl Resident ===
 
 impl Resident {
+    /// Holds a model that is in memory already, if it is there whole and lies exactly where somebody has it mapped.
+    pub(crate) fn mapped(
+        shared: &Arc<Shared>,
+        files: &CheckpointFiles,
+        where_mapped: &[FileSlots],
+    ) -> Option<Self> {
+        {
+            let mut state = shared.lock();
+            let model = state.cache.model_mut(files.key()).filter(|model| model.is_complete())?;
+            model.hold();
+        }
+        // Given back by its drop.
+        let hold = Hold { shared: Arc::clone(shared), files: files.clone() };
+        let is_where = hold.file_slots();
+        let report = Arc::new(resident_report(files, Duration::ZERO));
+        (is_where == where_mapped).then_some(Self { hold, files: is_where, report, joined: false })
+    }
+
     /// Where the files are, in the order in which they were given.
     #[must_use]
     pub fn files(&self) -> &[FileSlots] {

@@ -7,7 +7,7 @@ use stoker_io::Choice;
 use stoker_types::{ByteSize, BytesPerSec, ModelName, Tier, TierBytes, TierRate};
 
 /// What a load did. Those who joined it get the same report.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct LoadReport {
     /// Bytes by the tier that they came from: those that were in memory already count for [`Tier::Dram`].
     pub bytes: Vec<TierBytes>,

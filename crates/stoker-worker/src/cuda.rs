@@ -51,7 +51,7 @@ pub(crate) fn engine(
 ) -> Result<Box<dyn StepEngine>, LoadError> {
     let CudaOrder { manifest, slab, granules, chunk_bytes, limits, landing } = order;
     let failed = |what: &str, error: &dyn std::fmt::Display| LoadError::Failed(format!("{what}: {error}"));
-    let DeviceSlab { bytes, granule, granules: _, tensors, gate: at } = slab;
+    let DeviceSlab { bytes, granule, granules: _, tensors, gate: at, number: _ } = slab;
     let slab = gpu
         .device()
         .import(&granules, ByteSize(bytes), ByteSize(granule))

@@ -15,7 +15,7 @@ use std::{
 
 use stoker_engine::{SequenceRequest, StepEngine, StepOutput, SubmitError};
 use stoker_proto::{
-    control::{Loaded, Pong},
+    control::{Loaded, Pong, Rename},
     stream::{Begun, End, Failure, FailureCode, Finish, FromWorker, Generate, Token, TopToken},
 };
 use stoker_types::{FinishReason, TokenLogprob, clock};
@@ -33,8 +33,11 @@ type SequenceKey = u64;
 pub(crate) enum Command {
     /// Take a model.
     Load { order: Box<LoadOrder>, reply: oneshot::Sender<Result<Loaded, LoadError>> },
-    /// The delivery of a model has failed: look whether it is the one that is being served.
-    NotDelivered,
+    /// The delivery of a model has failed: look whether it is the one that is being served. Answered with the instance if
+    /// it was, and is dropped.
+    NotDelivered { reply: oneshot::Sender<Option<u64>> },
+    /// An instance has other numbers from here on. Answered with whether it is there.
+    Rename { order: Rename, reply: oneshot::Sender<bool> },
     /// Let the model go.
     Unload { instance: u64, force: bool, reply: oneshot::Sender<UnloadOutcome> },
     /// A new stream.
@@ -174,7 +177,12 @@ impl EngineThread {
                 // Nobody waits for the reply when the node is gone; then the process ends soon.
                 let _ = reply.send(self.load(*order));
             }
-            Command::NotDelivered => self.not_delivered(),
+            Command::NotDelivered { reply } => {
+                let _ = reply.send(self.not_delivered());
+            }
+            Command::Rename { order, reply } => {
+                let _ = reply.send(self.rename(order));
+            }
             Command::Unload { instance, force, reply } => {
                 let _ = reply.send(self.unload(instance, force));
             }
@@ -209,12 +217,21 @@ impl EngineThread {
         Ok(Loaded { instance, map_us: micros(map), init_us: micros(init), device_bytes })
     }
 
-    fn not_delivered(&mut self) {
-        let Some(model) = &self.model else { return };
-        let Err(error) = model.landing.borrow().check() else { return };
-        tracing::error!(instance = model.instance, %error, "the model is dropped");
+    fn not_delivered(&mut self) -> Option<u64> {
+        let model = self.model.as_ref()?;
+        let Err(error) = model.landing.borrow().check() else { return None };
+        let instance = model.instance;
+        tracing::error!(instance, %error, "the model is dropped");
         self.fail_all(&error.to_string());
         self.drop_model();
+        Some(instance)
+    }
+
+    fn rename(&mut self, order: Rename) -> bool {
+        let Rename { from, to, generation } = order;
+        let Some(model) = self.model.as_mut().filter(|model| model.instance == from) else { return false };
+        (model.instance, model.generation) = (to, generation);
+        true
     }
 
     fn unload(&mut self, instance: u64, force: bool) -> UnloadOutcome {
@@ -462,6 +479,11 @@ impl EngineThread {
 // === impl Counters ===
 
 impl Counters {
+    /// Engine steps so far.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Relaxed)
+    }
+
     /// The answer to ping `number`.
     pub(crate) fn pong(&self, number: u64) -> Pong {
         Pong {
@@ -623,6 +645,34 @@ mod tests {
         outcome.await.unwrap()
     }
 
+    async fn not_delivered(bench: &Bench) -> Option<u64> {
+        let (reply, outcome) = oneshot::channel();
+        assert!(bench.commands.send(Command::NotDelivered { reply }).await.is_ok());
+        outcome.await.unwrap()
+    }
+
+    async fn rename(bench: &Bench, from: u64, to: u64) -> bool {
+        let (reply, outcome) = oneshot::channel();
+        let order = Rename { from, to, generation: 2 };
+        assert!(bench.commands.send(Command::Rename { order, reply }).await.is_ok());
+        outcome.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_instance_with_other_numbers_goes_on() {
+        let mut bench = bench(Mood::Works).await;
+        generate(&mut bench.gateway, 1).await;
+        assert!(!rename(&bench, 6, 7).await, "another instance");
+        assert!(rename(&bench, 5, 7).await);
+        // The old number is nobody's: what it asks for is so already.
+        assert!(matches!(unload(&bench, false).await, UnloadOutcome::Unloaded));
+        generate(&mut bench.gateway, 2).await;
+        let frame: FromWorker = FrameReader::new(&mut bench.gateway).next().await.unwrap().unwrap();
+        let refused: Vec<_> = frame.failures.iter().map(|f| (f.stream, f.code())).collect();
+        assert_eq!(refused, [(2, FailureCode::WrongGeneration)], "new streams name the new generation");
+        assert_eq!(bench.counters.pong(0).sequences, 1, "the one that ran goes on");
+    }
+
     #[tokio::test]
     async fn a_sequence_that_fails_is_said_to_have_failed() {
         let mut bench = bench(Mood::Fails).await;
@@ -663,10 +713,10 @@ mod tests {
             tokio::task::yield_now().await;
         }
         // Somebody else's failure.
-        assert!(bench.commands.send(Command::NotDelivered).await.is_ok());
+        assert_eq!(not_delivered(&bench).await, None);
         assert!(matches!(unload(&bench, false).await, UnloadOutcome::Refused { sequences: 1 }));
         bench.landing.send_replace(Landing::Failed("a bad chunk".into()));
-        assert!(bench.commands.send(Command::NotDelivered).await.is_ok());
+        assert_eq!(not_delivered(&bench).await, Some(5));
         let frame: FromWorker = FrameReader::new(&mut bench.gateway).next().await.unwrap().unwrap();
         assert_eq!((frame.failures.len(), frame.failures[0].code()), (1, FailureCode::Unloaded));
         assert!(frame.failures[0].message.contains("a bad chunk"), "{frame:?}");

@@ -21,6 +21,8 @@ pub(crate) struct Inherited {
     pub(crate) control: UnixStream,
     pub(crate) pool: OwnedFd,
     pub(crate) listener: UnixListener,
+    /// Where the node connects that comes after this one.
+    pub(crate) successor: UnixListener,
 }
 
 /// Why this process can't be a worker.
@@ -39,7 +41,7 @@ pub(crate) fn receive(control: impl AsFd) -> Result<Inherited, HandoverError> {
     let no_node = |e: io::Error| HandoverError::NoNode(e);
     let control = UnixStream::from(control.as_fd().try_clone_to_owned().map_err(no_node)?);
     let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::io::retry_on_intr(|| {
         let mut parts = [IoSliceMut::new(&mut byte)];
@@ -56,9 +58,10 @@ pub(crate) fn receive(control: impl AsFd) -> Result<Inherited, HandoverError> {
         }
     }
     let count = fds.len();
-    match <[OwnedFd; 2]>::try_from(fds) {
-        Ok([pool, listener]) if byte[0] == HANDOVER_BYTE => {
-            Ok(Inherited { control, pool, listener: UnixListener::from(listener) })
+    match <[OwnedFd; 3]>::try_from(fds) {
+        Ok([pool, listener, successor]) if byte[0] == HANDOVER_BYTE => {
+            let (listener, successor) = (UnixListener::from(listener), UnixListener::from(successor));
+            Ok(Inherited { control, pool, listener, successor })
         }
         _ => Err(HandoverError::Unexpected { count, byte: byte[0] }),
     }

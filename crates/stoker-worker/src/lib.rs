@@ -5,7 +5,9 @@
 //!
 //! Two threads: the main one runs every connection, the engine's owns the model and all sequences. The node's pings
 //! are answered by the main one, so they say that the process lives; the step count in the answer says whether the
-//! engine does. A panic anywhere ends the process with [`EXIT_PANIC`] after it was logged: the node sees that at once,
+//! engine does. A node that is killed takes no worker with it: the next one finds it at a socket of its own.
+//!
+//! A panic anywhere ends the process with [`EXIT_PANIC`] after it was logged: the node sees that at once,
 //! which it would not see of a thread that is missing.
 
 mod connection;
@@ -97,6 +99,10 @@ fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
     let inherited = handover::receive(std::io::stdin())?;
     inherited.control.set_nonblocking(true)?;
     inherited.listener.set_nonblocking(true)?;
+    inherited.successor.set_nonblocking(true)?;
+    // Whoever connects learns from the kernel who listens: this process from here on, not the one that made the socket.
+    rustix::net::listen(&inherited.successor, 4)?;
+    let pool = inherited.pool.try_clone()?;
 
     let (commands, receiver) = mpsc::channel(process::COMMANDS_MAX);
     let counters = Arc::<Counters>::default();
@@ -109,7 +115,9 @@ fn serve(args: WorkerArgs) -> Result<(), Box<dyn std::error::Error>> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let control = UnixStream::from_std(inherited.control)?;
         let listener = UnixListener::from_std(inherited.listener)?;
-        process::serve(control, listener, hello, limits, commands, counters).await?;
+        let successor = UnixListener::from_std(inherited.successor)?;
+        let sockets = process::Sockets { control, listener, successor };
+        process::serve(sockets, pool, hello, limits, commands, counters).await?;
         Ok(())
     })
 }

@@ -253,6 +253,8 @@ impl State {
         tracing::warn!(model = %self.model(key).facts.model, instance = %id, %failure, "a start failed");
         let stale = if let StartFailure::StaleOrder { seen, .. } = failure {
             self.servers.get_mut(&server).into_iter().for_each(|server| server.has_seen(seen));
+            // Nor is the next instance's number one that the node knows from before.
+            self.instance_next = self.instance_next.max(seen.0.saturating_add(1));
             true
         } else {
             false

@@ -154,6 +154,10 @@ impl Device for CudaDevice {
         Ok(self.slab(Mapping::create(&self.context, bytes.bytes(), granule.bytes(), &self.helpers)?))
     }
 
+    fn adopt(&self, granules: Vec<OwnedFd>, bytes: ByteSize, granule: ByteSize) -> Result<Slab, DeviceError> {
+        self.import(&granules, bytes, granule)
+    }
+
     fn copy(&self, transfer: Transfer) {
         match transfer.check(self.context.ordinal) {
             Ok(()) => self.queue.push(transfer),

@@ -1,6 +1,7 @@
 //! The node's side: starts the keeper, hands over what is to be kept, and sees to it that there is always one.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     io,
     os::fd::{AsFd, OwnedFd},
@@ -17,9 +18,10 @@ use tokio::{net::UnixStream, process::Command, sync::Notify, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ANSWER_TIME_MAX, KeeperError, LEDGER, POOL, holders,
+    ANSWER_TIME_MAX, KeeperError, LEDGER, POOL, RECORD, SLAB, holders,
     wire::{self, Listener, Operation, Packet, Refusal, VERSION},
 };
+use crate::RuntimeDir;
 
 /// First pause between two attempts to have a keeper; doubles up to the longest.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -55,7 +57,23 @@ struct State {
     link: Option<Link>,
     /// What the next keeper gets.
     memory: Option<PoolMemory>,
+    slabs: BTreeMap<u64, SlabFiles>,
     dismissed: bool,
+}
+
+/// Weights on a device, by descriptors.
+#[derive(Debug)]
+pub(crate) struct SlabFiles {
+    /// A file that says what they are.
+    pub(crate) record: OwnedFd,
+    /// The memory, granule by granule.
+    pub(crate) granules: Vec<OwnedFd>,
+}
+
+/// Weights that are kept. Dropped, they are no longer.
+pub(crate) struct KeptSlab {
+    inner: Arc<Inner>,
+    number: u64,
 }
 
 /// A connection to a keeper of this version.
@@ -75,7 +93,7 @@ impl Keeper {
     /// [`KeeperError`].
     pub fn open(config: KeeperConfig) -> Result<Self, KeeperError> {
         let link = Link::open(&config)?;
-        let state = State { link: Some(link), memory: None, dismissed: false };
+        let state = State { link: Some(link), memory: None, slabs: BTreeMap::new(), dismissed: false };
         let stop = CancellationToken::new();
         let inner =
             Arc::new(Inner { config, state: Mutex::new(state), lost: Notify::new(), stop: stop.clone() });
@@ -89,19 +107,22 @@ impl Keeper {
         self.inner.state.lock().link.as_ref().map(|link| link.pid)
     }
 
-    /// The memory that the node before left, once nobody has it mapped any more. Workers that don't end by themselves
+    /// The memory that the node before left, once nobody has it mapped any more but the workers that have been met
+    /// ([`RuntimeDir::meet`]). Other workers that don't end by themselves
     /// within `grace` are killed. `None` when there is none, or somebody who is no worker keeps it. Blocks.
     ///
     /// # Errors
     /// [`KeeperError`].
-    pub fn recover(&self, grace: Duration) -> Result<Option<PoolMemory>, KeeperError> {
+    pub fn recover(&self, runtime: &RuntimeDir, grace: Duration) -> Result<Option<PoolMemory>, KeeperError> {
         let state = &*self.inner.state.lock();
         let Some(link) = &state.link else {
             return Err(KeeperError::Gone(io::ErrorKind::NotConnected.into()));
         };
         let (Some(pool), Some(ledger)) = (link.get(POOL)?, link.get(LEDGER)?) else { return Ok(None) };
         let memory = PoolMemory { pool, ledger };
-        let free = holders::wait(&memory, &self.inner.config.workers, link.pid, grace);
+        let mut apart = runtime.left().lock().pids();
+        apart.push(link.pid);
+        let free = holders::wait(&memory, &self.inner.config.workers, &apart, grace);
         Ok(free.map_err(KeeperError::Gone)?.then_some(memory))
     }
 
@@ -117,12 +138,74 @@ impl Keeper {
         state.memory = Some(memory);
     }
 
+    /// Has weights on a device kept, until what is returned is dropped. If there is no keeper now, the next one gets them.
+    /// Blocks for as long as an answer takes.
+    pub(crate) fn keep_slab(&self, number: u64, files: SlabFiles) -> KeptSlab {
+        let state = &mut *self.inner.state.lock();
+        if let Some(link) = &state.link
+            && let Err(error) = link.hand_over_slab(number, &files)
+        {
+            // Half of it would be in the way of nothing: without its record it is thrown away.
+            self.inner.lose(state, &error);
+        }
+        state.slabs.insert(number, files);
+        KeptSlab { inner: Arc::clone(&self.inner), number }
+    }
+
+    /// Weights on devices that the node before left, by number, for whoever can tell what they are. Those that come back
+    /// nobody's, [`Self::forget_slab`] lets go. Blocks.
+    pub(crate) fn left_slabs(&self) -> Result<BTreeMap<u64, SlabFiles>, KeeperError> {
+        let state = &*self.inner.state.lock();
+        let Some(link) = &state.link else {
+            return Err(KeeperError::Gone(io::ErrorKind::NotConnected.into()));
+        };
+        let (mut records, mut granules) = (BTreeMap::new(), BTreeMap::<u64, BTreeMap<u32, OwnedFd>>::new());
+        let mut last = String::new();
+        while let Some(name) = link.next(&last)? {
+            if let Some((number, what)) = name.strip_prefix(SLAB).and_then(|rest| rest.split_once('/'))
+                && let Ok(number) = number.parse()
+                && let Some(fd) = link.get(&name)?
+            {
+                match what.parse() {
+                    Ok(granule) => drop(granules.entry(number).or_default().insert(granule, fd)),
+                    Err(_) => drop(records.insert(number, fd)),
+                }
+            }
+            last = name;
+        }
+        let slab = |(number, granules): (u64, BTreeMap<u32, OwnedFd>)| {
+            let whole = records.remove(&number).filter(|_| granules.keys().copied().eq(0..count(&granules)));
+            match whole {
+                Some(record) => {
+                    Some((number, SlabFiles { record, granules: granules.into_values().collect() }))
+                }
+                // Its node was killed while it handed it over.
+                None => {
+                    link.forget(number);
+                    None
+                }
+            }
+        };
+        Ok(granules.into_iter().filter_map(slab).collect())
+    }
+
+    /// Goes on keeping what [`Self::left_slabs`] named.
+    pub(crate) fn keeps(&self, number: u64) -> KeptSlab {
+        KeptSlab { inner: Arc::clone(&self.inner), number }
+    }
+
+    /// Lets weights go that nobody can use.
+    pub(crate) fn forget_slab(&self, number: u64) {
+        self.inner.forget_slab(number);
+    }
+
     /// The node stops for good: the keeper ends, and the memory with it. Blocks until it has.
     pub fn dismiss(&self) {
         let state = &mut *self.inner.state.lock();
         self.inner.stop.cancel();
         state.dismissed = true;
         state.memory = None;
+        state.slabs.clear();
         if let Some(link) = state.link.take() {
             match link.exit() {
                 // Its socket stays otherwise, for the next one to replace.
@@ -131,6 +214,10 @@ impl Keeper {
             }
         }
     }
+}
+
+fn count<K, V>(map: &BTreeMap<K, V>) -> u32 {
+    u32::try_from(map.len()).unwrap_or(u32::MAX)
 }
 
 /// Has another keeper started whenever one is gone.
@@ -176,6 +263,14 @@ fn watched(config: &KeeperConfig) -> io::Result<UnixStream> {
     UnixStream::from_std(std::os::unix::net::UnixStream::from(socket))
 }
 
+// === impl KeptSlab ===
+
+impl Drop for KeptSlab {
+    fn drop(&mut self) {
+        self.inner.forget_slab(self.number);
+    }
+}
+
 // === impl Inner ===
 
 impl Inner {
@@ -190,9 +285,21 @@ impl Inner {
         if let Some(memory) = &state.memory {
             link.hand_over(memory)?;
         }
+        for (number, files) in &state.slabs {
+            link.hand_over_slab(*number, files)?;
+        }
         let pid = link.pid;
         state.link = Some(link);
         Ok(Some(pid))
+    }
+
+    fn forget_slab(&self, number: u64) {
+        let state = &mut *self.state.lock();
+        // Its descriptors are memory: here as there.
+        state.slabs.remove(&number);
+        if let Some(link) = &state.link {
+            link.forget(number);
+        }
     }
 
     fn lose(&self, state: &mut State, error: &KeeperError) {
@@ -282,6 +389,38 @@ impl Link {
         self.ask(Operation::Put, LEDGER, Some(&memory.ledger))?;
         self.ask(Operation::Put, POOL, Some(&memory.pool))?;
         Ok(())
+    }
+
+    fn hand_over_slab(&self, number: u64, files: &SlabFiles) -> Result<(), KeeperError> {
+        for (granule, fd) in (0_u32..).zip(&files.granules) {
+            self.ask(Operation::Put, &format!("{SLAB}{number}/{granule}"), Some(fd))?;
+        }
+        // Last: with it, the slab counts.
+        self.ask(Operation::Put, &format!("{SLAB}{number}/{RECORD}"), Some(&files.record))?;
+        Ok(())
+    }
+
+    /// Has it close what it has of a slab.
+    fn forget(&self, number: u64) {
+        let mut what = RECORD.to_owned();
+        for granule in 0_u32.. {
+            // Nothing under the name, or nobody to ask: then that is all.
+            let removed = self.ask(Operation::Remove, &format!("{SLAB}{number}/{what}"), None);
+            if removed.is_err() && granule > 0 {
+                return;
+            }
+            what = granule.to_string();
+        }
+    }
+
+    /// The first name behind the given one.
+    fn next(&self, behind: &str) -> Result<Option<String>, KeeperError> {
+        match self.ask(Operation::Next, behind, None) {
+            Ok(packet) => Ok(String::from_utf8(packet.bytes[1..].to_vec()).ok()),
+            // One of before it could list knows no slabs either.
+            Err(KeeperError::Refused(Refusal::Unknown | Refusal::Request)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Has it end, and waits until it has.

@@ -1,6 +1,6 @@
 //! Who still has a pool mapped whose node was killed.
 //!
-//! Workers end by themselves when their node is gone, in milliseconds unless they hang. Whether anybody is left is the
+//! Workers that are taken over say what they have mapped, and let go of their claim. Others should end by themselves. Whether anybody is left is the
 //! kernel's word ([`PoolMemory::is_in_use`]); who it is, `/proc` says.
 
 use std::{
@@ -37,17 +37,17 @@ struct Holder {
 }
 
 /// Waits until nobody has the memory mapped. Workers that take longer than `grace` are killed: nothing can adopt them,
-/// and what they compute nobody reads. Returns whether it is free. Blocks.
+/// and what they compute nobody reads. `apart`: who doesn't count. Returns whether it is free. Blocks.
 pub(super) fn wait(
     memory: &PoolMemory,
     worker: &[OsString],
-    keeper: u32,
+    apart: &[u32],
     grace: Duration,
 ) -> io::Result<bool> {
     let began = clock::now();
     let mut killed = false;
     while memory.is_in_use()? {
-        let holders = find(&memory.pool, worker, keeper)?;
+        let holders = find(&memory.pool, worker, apart)?;
         let waited = began.elapsed();
         if waited >= grace && !killed {
             for holder in holders.iter().filter(|holder| holder.is_worker) {
@@ -76,12 +76,12 @@ pub(super) fn wait(
     Ok(true)
 }
 
-/// Processes of this user that have the memory, open or mapped, apart from this one and the keeper.
-fn find(pool: &OwnedFd, worker: &[OsString], keeper: u32) -> io::Result<Vec<Holder>> {
+/// Processes of this user that have the memory, open or mapped, apart from this one and those named.
+fn find(pool: &OwnedFd, worker: &[OsString], apart: &[u32]) -> io::Result<Vec<Holder>> {
     let stat = rustix::fs::fstat(pool)?;
     let is_it = |meta: &fs::Metadata| (meta.dev(), meta.ino()) == (stat.st_dev, stat.st_ino);
     let pids = fs::read_dir("/proc")?.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    let others = pids.filter(|pid| ![std::process::id(), keeper].contains(pid));
+    let others = pids.filter(|pid| *pid != std::process::id() && !apart.contains(pid));
     Ok(others
         .filter_map(|pid| {
             let raw = Pid::from_raw(i32::try_from(pid).ok()?)?;
@@ -140,31 +140,31 @@ mod tests {
         let pool = ChunkPool::new(ByteSize::mib(1), ByteSize::kib(64)).unwrap();
         let memory = pool.memory().unwrap().unwrap();
         let worker: Vec<OsString> = ["/usr/bin/sleep".into(), "600".into()].into();
-        assert!(wait(&memory, &worker, 0, Duration::ZERO).unwrap(), "nobody has it");
+        assert!(wait(&memory, &worker, &[], Duration::ZERO).unwrap(), "nobody has it");
 
         let mut child = holder(&pool);
-        let found = find(&memory.pool, &worker, 0).unwrap();
+        let found = find(&memory.pool, &worker, &[]).unwrap();
         assert_eq!(found.iter().map(|h| (h.pid, h.is_worker)).collect::<Vec<_>>(), [(child.id(), true)]);
-        assert!(find(&memory.pool, &worker, child.id()).unwrap().is_empty(), "the keeper doesn't count");
+        assert!(find(&memory.pool, &worker, &[child.id()]).unwrap().is_empty(), "who is named doesn't count");
         // It ends by itself.
         let pid = child.id();
         let ending = std::thread::spawn(move || {
             child.kill().unwrap();
             child.wait().unwrap()
         });
-        assert!(wait(&memory, &worker, 0, Duration::from_secs(60)).unwrap());
+        assert!(wait(&memory, &worker, &[], Duration::from_secs(60)).unwrap());
         ending.join().unwrap();
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
 
         // It doesn't.
         let mut child = holder(&pool);
-        assert!(wait(&memory, &worker, 0, Duration::ZERO).unwrap());
+        assert!(wait(&memory, &worker, &[], Duration::ZERO).unwrap());
         assert!(!child.wait().unwrap().success(), "killed");
 
         // Not a worker: nobody's to kill.
         let mut child = holder(&pool);
         let other: Vec<OsString> = ["/usr/bin/sleep".into(), "700".into()].into();
-        assert!(!wait(&memory, &other, 0, Duration::ZERO).unwrap());
+        assert!(!wait(&memory, &other, &[], Duration::ZERO).unwrap());
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    ops::Bound,
     os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
@@ -160,6 +161,12 @@ impl Kept {
                 self.descriptors.remove(valid(name)?).ok_or(Refusal::Unknown)?;
             }
             (Operation::Exit, _) => answer.exit = true,
+            (Operation::Next, _) => {
+                let behind = if name.is_empty() { "" } else { valid(name)? };
+                let behind = (Bound::Excluded(behind), Bound::Unbounded);
+                let (next, _) = self.descriptors.range::<str, _>(behind).next().ok_or(Refusal::Unknown)?;
+                answer.payload.extend(next.as_bytes());
+            }
         }
         Ok(answer)
     }
@@ -287,6 +294,13 @@ mod tests {
         ask(&socket, put, b"2", Some(&some)).unwrap();
         assert_eq!(ask(&socket, put, b"3", Some(&some)).unwrap_err(), Refusal::Full);
         ask(&socket, put, b"2", Some(&some)).expect("in its place");
+
+        // What there is.
+        let next = |behind: &[u8]| ask(&socket, 6, behind, None).map(|packet| packet.bytes[1..].to_vec());
+        let names: Vec<_> = std::iter::successors(next(b"").ok(), |name| next(name).ok()).collect();
+        assert_eq!(names, [b"0", b"1", b"2"]);
+        assert_eq!(next(b"2"), Err(Refusal::Unknown));
+        assert_eq!(next(&[0xff]), Err(Refusal::Name));
 
         // A third connection is one too many; a closed one makes room.
         let second = bed.connect();

@@ -44,6 +44,8 @@ pub(super) enum Operation {
     Remove = 4,
     /// Ends.
     Exit = 5,
+    /// Says the first name in order behind the given one, which may be empty.
+    Next = 6,
 }
 
 /// Why a keeper does not do what it is asked.
@@ -84,7 +86,7 @@ pub(super) struct Packet {
 
 impl Operation {
     pub(super) fn of(byte: u8) -> Option<Self> {
-        [Self::Hello, Self::Put, Self::Get, Self::Remove, Self::Exit]
+        [Self::Hello, Self::Put, Self::Get, Self::Remove, Self::Exit, Self::Next]
             .into_iter()
             .find(|operation| *operation as u8 == byte)
     }

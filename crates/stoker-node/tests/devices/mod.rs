@@ -74,7 +74,8 @@ async fn eager_worker() {
     control.set_nonblocking(true).unwrap();
     let (read, write) = tokio::net::UnixStream::from_std(control).unwrap().into_split();
     let (mut reader, mut writer) = (FrameReader::new(read), FrameWriter::new(write));
-    let hello = Hello { protocol: PROTOCOL_VERSION, pid: std::process::id(), device: "eager".into() };
+    let (protocol, pid, device) = (PROTOCOL_VERSION, std::process::id(), "eager".into());
+    let hello = Hello { protocol, pid, device, ..Hello::default() };
     let mut say = Some(from_worker::Kind::Hello(hello));
     loop {
         if let Some(kind) = say.take() {
@@ -98,7 +99,12 @@ async fn eager_worker() {
                 device_bytes: PAGE,
                 ..Pong::default()
             })),
-            to_worker::Kind::Shutdown(_) => return,
+            to_worker::Kind::Home(_) => None,
+            // It outlives no node.
+            to_worker::Kind::Shutdown(_)
+            | to_worker::Kind::Yield(_)
+            | to_worker::Kind::Resume(_)
+            | to_worker::Kind::Rename(_) => return,
         };
     }
 }

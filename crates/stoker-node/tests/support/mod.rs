@@ -87,7 +87,10 @@ pub(crate) fn noise_model(dir: &std::path::Path, file: &str, len: u64) -> Manife
     let path = dir.join(file);
     let pattern: Vec<u8> = file.bytes().cycle().zip(0..=255).map(|(a, b)| a ^ b).collect();
     let bytes = pattern.repeat(usize::try_from(len.div_ceil(256)).unwrap());
-    std::fs::write(&path, &bytes[..usize::try_from(len).unwrap()]).unwrap();
+    // It stays the same file for a node that comes later.
+    if !path.exists() {
+        std::fs::write(&path, &bytes[..usize::try_from(len).unwrap()]).unwrap();
+    }
     let meta = std::fs::metadata(&path).unwrap();
     Manifest {
         version: 1,
@@ -227,7 +230,10 @@ impl Bed {
     }
 
     pub(crate) fn socket_files(&self) -> Vec<PathBuf> {
-        std::fs::read_dir(self.dir.path().join("run/workers")).unwrap().map(|e| e.unwrap().path()).collect()
+        let entries = std::fs::read_dir(self.dir.path().join("run/workers")).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths
     }
 }
 

@@ -14,7 +14,8 @@ use crate::common::{CHUNK, Fixture, Model, Random, bytes, describe, rot};
 use stoker_checkpoint::Trust;
 use stoker_io::{Fault, FaultKind, Gate, MappedFile, PoolMemory};
 use stoker_store::{
-    Adoption, CheckpointFiles, LoadError, OpenError, Priority, Store, StoreConfig, StreamOptions,
+    Adoption, CheckpointFiles, KeptModel, LoadError, MappedModel, OpenError, Priority, Store, StoreConfig,
+    StreamOptions,
 };
 use stoker_types::{ByteSize, ModelName, Tier};
 
@@ -35,7 +36,7 @@ fn known<'a>(models: &'a [&'a Model]) -> impl Fn(&ModelName) -> Option<Checkpoin
 /// Has another store take the fixture's memory over, as after a kill: the old one gives nothing back.
 fn restart(fixture: &mut Fixture, chunks: usize, models: &[&Model]) -> Adoption {
     let memory = fixture.store.memory().unwrap().unwrap();
-    let (store, adoption) = Store::adopt(config(fixture, chunks), memory, known(models)).unwrap();
+    let (store, adoption, _) = Store::adopt(config(fixture, chunks), memory, known(models), &[]).unwrap();
     std::mem::forget(std::mem::replace(&mut fixture.store, store));
     adoption
 }
@@ -75,6 +76,52 @@ async fn everything_is_there_again_and_nothing_is_read() {
     assert_eq!(read_for(&fixture, &other).await, other.files.bytes().bytes());
     assert_eq!(restart(&mut fixture, 20, &all).unknown, 20);
     assert_eq!(fixture.store.stats().used, ByteSize::ZERO);
+}
+
+/// Two processes have models mapped and outlive the store; one of the models has changed meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_computes_with_stays_where_it_is() {
+    let mut fixture = Fixture::new(8);
+    let same = fixture.model("same", &[2 * CHUNK + 5], Trust::Chunk);
+    let rotten = fixture.model("rotten", &[3 * CHUNK], Trust::Chunk);
+    let (on_same, on_rotten) = (fixture.load(&same).await.unwrap(), fixture.load(&rotten).await.unwrap());
+    let mapped = |model: &Model, files: &[stoker_store::FileSlots]| MappedModel {
+        model: model.files.key().name.clone(),
+        files: files.to_vec(),
+    };
+    let mut elsewhere = on_same.files().to_vec();
+    elsewhere[0].slots.reverse();
+    let mapped =
+        [mapped(&same, on_same.files()), mapped(&rotten, on_rotten.files()), mapped(&same, &elsewhere)];
+    let memory = fixture.store.memory().unwrap().unwrap();
+    let at = u64::from(on_rotten.files()[0].slots[1]) * CHUNK as u64;
+    rustix::io::pwrite(&memory.pool, b"rot", at + 9).unwrap();
+    let content = |memory: &OwnedFd, slot: u32| {
+        let mut bytes = vec![0; CHUNK];
+        rustix::io::pread(memory, &mut bytes, u64::from(slot) * CHUNK as u64).unwrap();
+        bytes
+    };
+    let reader = memory.pool.try_clone().unwrap();
+    let before: Vec<_> = on_rotten.files()[0].slots.iter().map(|slot| content(&reader, *slot)).collect();
+    // Room for one of them only.
+    let (store, adoption, kept) =
+        Store::adopt(config(&fixture, 3), memory, known(&[&same, &rotten]), &mapped).unwrap();
+    // What is right of the other stays as cache: as long as it is mapped, evicting it frees nothing.
+    assert_eq!((adoption.models, adoption.chunks, adoption.wrong), (2, 5, 1), "{adoption:?}");
+    let [KeptModel::Resident(resident), KeptModel::Remains(remains), KeptModel::Remains(moved)] = &kept[..]
+    else {
+        panic!("{kept:?}")
+    };
+    assert_eq!(resident.files(), on_same.files());
+    assert_eq!((remains.len(), moved.len()), (3, 3));
+    assert_eq!(store.stats().mapped, ByteSize(3 * CHUNK as u64));
+    let after: Vec<_> = on_rotten.files()[0].slots.iter().map(|slot| content(&reader, *slot)).collect();
+    assert!(before == after, "not given back while somebody has it");
+    assert!(matches!(store.begin(&rotten.files, Priority::Demand), Err(LoadError::OutOfBudget { .. })));
+    drop(kept);
+    assert_eq!(store.stats().mapped, ByteSize::ZERO);
+    std::mem::forget((on_same, on_rotten, std::mem::replace(&mut fixture.store, store)));
+    assert!(read_for(&fixture, &rotten).await > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -273,7 +320,7 @@ async fn another_budget_another_chunk_size() {
 
     let memory = fixture.store.memory().unwrap().unwrap();
     let larger = StoreConfig { chunk: ByteSize(2 * CHUNK as u64), ..config(&fixture, 6) };
-    assert!(matches!(Store::adopt(larger, memory, known(&both)), Err(OpenError::Pool(_))));
+    assert!(matches!(Store::adopt(larger, memory, known(&both), &[]), Err(OpenError::Pool(_))));
     let private = Store::open(StoreConfig { shared: false, ..config(&fixture, 1) }).unwrap();
     assert!(private.memory().unwrap().is_none());
 }
@@ -360,7 +407,7 @@ async fn victim() {
         read_threads: 3,
         ..StoreConfig::new(ByteSize((VICTIM_CHUNKS * CHUNK) as u64))
     };
-    let (store, _) = Store::adopt(config, memory, known(&all)).unwrap();
+    let (store, _, _) = Store::adopt(config, memory, known(&all), &[]).unwrap();
     let mut random = Random(u64::from(std::process::id()));
     println!("begun");
     loop {

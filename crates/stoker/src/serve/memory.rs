@@ -10,7 +10,11 @@ use stoker_types::ByteSize;
 
 use crate::{config::Config, library::Library};
 
-/// What workers of a killed server get to end by themselves: those that can do so in milliseconds.
+/// What workers of a killed server may take to say what they serve. One that has been told to let go of a model, or to take one,
+/// says so after the step that it computes.
+const WORKERS_MET: Duration = Duration::from_secs(5);
+
+/// What those get to end by themselves that were not met.
 const WORKERS_END: Duration = Duration::from_secs(2);
 
 /// The tiers below the disk's files.
@@ -22,6 +26,7 @@ pub(super) struct Below {
 
 /// A store, and who keeps its memory.
 pub(super) struct Opened {
+    pub(super) runtime: RuntimeDir,
     pub(super) store: Store,
     pub(super) keeper: Option<Keeper>,
     /// Memory for weights.
@@ -34,7 +39,7 @@ pub(super) struct Opened {
 /// one. Without a keeper, everything works, and nothing outlives the process.
 pub(super) async fn open(
     config: &Config,
-    runtime: &RuntimeDir,
+    runtime: RuntimeDir,
     workers: &[OsString],
     library: &Library,
     below: Below,
@@ -46,10 +51,12 @@ pub(super) async fn open(
         command: vec![executable.into_os_string(), "keeper".into(), "--inherited".into()],
         workers: workers.to_vec(),
     };
+    // Before anything is asked for that they may have mapped.
+    runtime.meet(WORKERS_MET).await;
     let (config, library) = (config.clone(), library.clone());
     // Sums of all that is in memory may have to be computed.
     let opening = tokio::task::spawn_blocking(move || {
-        let (keeper, left) = if kept { recover(keeper) } else { (None, None) };
+        let (keeper, left) = if kept { recover(keeper, &runtime) } else { (None, None) };
         // What is left is this server's to use: it counts as available.
         let budgets = config.budgets(left.as_ref().and_then(|memory| memory.resident().ok()));
         let store_config = StoreConfig {
@@ -60,16 +67,16 @@ pub(super) async fn open(
             ..StoreConfig::new(budgets.dram)
         };
         let store = match &keeper {
-            Some(keeper) => open_store(store_config, left, keeper, &library),
+            Some(keeper) => open_store(store_config, left, keeper, &runtime, &library),
             None => Store::open(store_config),
         };
         let store = store.context("opening the memory pool")?;
-        Ok(Opened { store, keeper, dram: budgets.dram, kv: budgets.kv })
+        Ok(Opened { runtime, store, keeper, dram: budgets.dram, kv: budgets.kv })
     });
     opening.await.context("opening the memory pool was cut short")?
 }
 
-fn recover(config: KeeperConfig) -> (Option<Keeper>, Option<PoolMemory>) {
+fn recover(config: KeeperConfig, runtime: &RuntimeDir) -> (Option<Keeper>, Option<PoolMemory>) {
     let keeper = match Keeper::open(config) {
         Ok(keeper) => keeper,
         Err(error) => {
@@ -77,7 +84,7 @@ fn recover(config: KeeperConfig) -> (Option<Keeper>, Option<PoolMemory>) {
             return (None, None);
         }
     };
-    let left = keeper.recover(WORKERS_END).unwrap_or_else(|error| {
+    let left = keeper.recover(runtime, WORKERS_END).unwrap_or_else(|error| {
         tracing::warn!(%error, "what the server before had in memory can't be had; it is read anew");
         None
     });

@@ -91,8 +91,8 @@ impl Server {
         if variant.standin {
             command.push("--standin".into());
         }
-        let memory::Opened { store, keeper, dram, kv } =
-            memory::open(config, &runtime, &command, &library, memory::Below { remote, ssd }, variant.kept)
+        let memory::Opened { runtime, store, keeper, dram, kv } =
+            memory::open(config, runtime, &command, &library, memory::Below { remote, ssd }, variant.kept)
                 .await?;
         let slots = NonZeroU32::new(config.workers.value).unwrap_or(NonZeroU32::MIN);
         let workers = WorkerConfig {
