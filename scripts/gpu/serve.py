@@ -104,6 +104,14 @@ def small_models():
         after = server.metric("stoker_node_device_copied_bytes_total", device="cuda:0")
         check(after == before > 0, f"nothing was copied for it ({after - before:.0f} bytes)")
         print(server.command("ps").stdout)
+        pids = {i["pid"] for i in server.json("ps")["instances"]}
+        time.sleep(1)  # for the keeper to have what is on the device: it says nothing when it does
+        server.kill()
+        server.start()
+        check(all(text(server, *key) == expected[key] for key in asked), "after kill -9 of the server its models answer")
+        after = server.metric("stoker_node_device_copied_bytes_total", device="cuda:0")
+        check(not after, f"nothing was copied for it ({after or 0:.0f} bytes)")
+        check({i["pid"] for i in server.json("ps")["instances"]} == pids, "by the workers that were there")
     check(until(lambda: abs(free_memory() - used) <= 1), f"GPU memory is back: {used} MiB before, {free_memory()} after")
 
 
@@ -145,6 +153,19 @@ def large_model():
             # A worker that was ready takes over; the one that takes its place needs a GPU context first.
             check(until(lambda: server.json("ps")["workers_idle"] > 0), "a worker is ready")
             killed.append(post(server, ask(50 + n, length), True)[0])
+        restarted = []
+        for n in range(3):
+            time.sleep(1)  # for the keeper to have what is on the device: it says nothing when it does
+            (instance,) = server.json("ps")["instances"]
+            server.kill()
+            if n == 2:  # With the worker: another one takes the weights.
+                os.kill(instance["pid"], signal.SIGKILL)
+            begun = time.perf_counter()
+            server.start()
+            ready = time.perf_counter() - begun
+            restarted.append(post(server, ask(60 + n, length), True)[0])
+            copied = server.metric("stoker_node_device_copied_bytes_total", device="cuda:0") or 0
+            check(copied == 0, f"restarted in {ready:.2f} s, {copied:.0f} bytes copied")
         times = post(server, ask(70, length, 128), True)
         per_token = milliseconds_a_token(times)
         busy = {}
@@ -156,13 +177,13 @@ def large_model():
             busy[len(models)] = round(statistics.mean(milliseconds_a_token(times) for times in all_times), 2)
         ms = lambda seconds: [round(s * 1e3, 1) for s in seconds]
         report.update(
-            prompt_tokens=usage, warm_ms=ms(warm), cold_ms=ms(cold), after_kill_ms=ms(killed),
+            prompt_tokens=usage, warm_ms=ms(warm), cold_ms=ms(cold), after_kill_ms=ms(killed), after_restart_ms=ms(restarted),
             token_ms=round(per_token, 2), token_ms_of_busy_models=busy,
         )
         explained = server.command("explain", "m").stdout
         print(explained)
         print(server.command("ps").stdout)
-    for name in ("warm_ms", "cold_ms", "after_kill_ms"):
+    for name in ("warm_ms", "cold_ms", "after_kill_ms", "after_restart_ms"):
         print(f"{name:14} median {statistics.median(report[name]):.1f}  all {report[name]}")
     print(f"token_ms       {report['token_ms']}; of several busy models {report['token_ms_of_busy_models']}")
 
