@@ -87,6 +87,9 @@ fn packed(dir: &Path) -> Result<Option<Manifest>, CheckpointError> {
         file.identity = now;
     }
     if let TokenizerFiles::HuggingFace { dir: tokenizer } = &mut manifest.tokenizer {
+        if tokenizer.is_absolute() {
+            return Err(bad("the tokenizer is not in the packed folder".to_owned()));
+        }
         *tokenizer = std::path::absolute(dir.join(&*tokenizer)).map_err(CheckpointError::io(dir))?;
     }
     Ok(Some(manifest))

@@ -140,7 +140,13 @@ pub(crate) struct RemoteReads {
 /// What a reading thread is to do.
 pub(crate) enum Assignment {
     /// Open the files and compare their identities.
-    Open { job: JobId, files: CheckpointFiles, mode: ReadMode },
+    Open {
+        job: JobId,
+        files: CheckpointFiles,
+        mode: ReadMode,
+        /// Whether somebody uses the model: what only completes a copy is no use of it.
+        counts: bool,
+    },
     /// Read a chunk and check it, with the help of whoever has time.
     Read(ChunkRead),
     /// Help with a chunk.
@@ -279,7 +285,8 @@ impl Job {
             // Open -> Opening: one thread opens all files.
             Stage::Open => {
                 self.stage = Stage::Opening;
-                Some(Assignment::Open { job: id, files: self.files.clone(), mode: self.mode })
+                let counts = !matches!(&self.target, Target::Ring(ring) if ring.fills);
+                Some(Assignment::Open { job: id, files: self.files.clone(), mode: self.mode, counts })
             }
             // Check -> Checking: one thread checks all files.
             Stage::Check => {

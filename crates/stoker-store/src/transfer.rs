@@ -89,8 +89,11 @@ impl Work for Puller {
     fn next(&self) -> Option<Task> {
         let shared = Arc::clone(&self.0);
         match shared.assign()? {
-            Assignment::Open { job, files, mode } => Some(Box::new(move || {
+            Assignment::Open { job, files, mode, counts } => Some(Box::new(move || {
                 let step = Step::begin(&shared, job, &files);
+                if let (Some(ssd), true, true) = (&shared.ssd, counts, files.object().is_some()) {
+                    ssd.used(&files.key().name);
+                }
                 let opened = open(&shared, &files, mode);
                 step.end();
                 shared.opened(job, opened);
@@ -452,9 +455,6 @@ pub(crate) struct Opened {
 
 /// Opens all files of a model, each known to be the one that was indexed.
 fn open(shared: &Shared, files: &CheckpointFiles, mode: ReadMode) -> Result<Opened, LoadError> {
-    if let (Some(ssd), true) = (&shared.ssd, files.object().is_some()) {
-        ssd.used(&files.key().name);
-    }
     let copy = shared.ssd.as_ref().and_then(|ssd| ssd.copy(files));
     let sources = files.files().iter().enumerate().map(|(index, file)| {
         let remote = match (&file.origin, &shared.remote) {

@@ -454,6 +454,34 @@ async fn a_delivery_that_fails_leaves_nothing_and_the_next_one_works() {
 }
 
 #[tokio::test]
+async fn a_device_that_is_gone_fails_its_starts_and_no_other_devices() {
+    let two = vec![device(0, ByteSize::mib(64), None), device(1, ByteSize::mib(64), None)];
+    let sim = Sim::over(two, workers("devices::real_worker"), tiny_models());
+    sim.devices[0].fail_after(
+        ByteSize(1000),
+        DeviceError::Lost {
+            device: 0,
+            call: "copy",
+            name: "CUDA_ERROR_DEVICE_UNAVAILABLE".into(),
+            words: "fell off the bus".into(),
+        },
+    );
+    for _ in 0..2 {
+        let failure = sim.start("tiny-llama").await.unwrap_err();
+        assert!(failure.to_string().contains("device 0 is lost"), "{failure}");
+        sim.emptied().await;
+    }
+    let mut order = sim.order("tiny-llama");
+    order.device = DeviceId(1);
+    let started = sim.bed.node.start(order.clone()).await.unwrap();
+    let mut client = Client::connect(&started.socket).await;
+    check_reference("tiny-llama", &mut client, order.generation.0).await;
+    sim.bed.node.stop(order.instance, StopMode::IfIdle).await.unwrap();
+    sim.emptied().await;
+    sim.bed.node.shutdown(Duration::ZERO).await;
+}
+
+#[tokio::test]
 async fn a_start_that_is_given_up_gives_the_devices_memory_back() {
     let sim =
         Sim::over(vec![device(0, ByteSize::mib(64), None)], workers("devices::real_worker"), tiny_models());

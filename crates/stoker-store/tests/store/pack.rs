@@ -547,9 +547,22 @@ fn a_packed_folder_may_be_copied_and_is_still_known_by_its_sums() {
     file.write_all_at(&[byte[0] ^ 1], 9000).unwrap();
     let error = load(&copy).unwrap_err();
     assert!(matches!(error, LoadError::Corrupt { .. }), "{error}");
+    let len = file.metadata().unwrap().len();
     file.set_len(4096).unwrap();
     let error = index(&copy, source()).unwrap_err();
     assert!(error.to_string().contains("pack it again"), "{error}");
+    file.set_len(len).unwrap();
+
+    // A folder of somebody else's names nothing outside of it.
+    let text = fs::read_to_string(copy.join("stoker.json")).unwrap();
+    for (inside, outside) in
+        [("\"model.safetensors\"", "\"/etc/passwd\""), ("\"dir\":\".\"", "\"dir\":\"/etc\"")]
+    {
+        assert!(text.contains(inside), "{text}");
+        fs::write(copy.join("stoker.json"), text.replace(inside, outside)).unwrap();
+        let error = index(&copy, source()).unwrap_err();
+        assert!(error.to_string().contains("not in the packed folder"), "{error}");
+    }
 
     // What is packed once more is the same.
     packed(&dir.path().join("packed"), &dir.path().join("again"), None).unwrap();

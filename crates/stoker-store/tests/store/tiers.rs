@@ -1,6 +1,7 @@
 //! Models that are elsewhere: loads from remote, copies on SSD as they pass, and what goes wrong on the way.
 
 use std::{
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
     sync::{
@@ -385,6 +386,10 @@ async fn a_slow_disk_delays_no_load_and_what_it_missed_comes_later() {
     check_landed(&bed, &away).await;
     let reads = bed.reads();
     assert!(reads > 31, "{reads} reads: what was missed is fetched again");
+    // Which is no use of the model: it doesn't make it worth more than one that was used as often.
+    let uses = fs::read(bed.disk.dir.join(".copies/uses.json")).unwrap();
+    let uses: HashMap<String, (f64, u64)> = serde_json::from_slice(&uses).unwrap();
+    assert!(uses["m"].0 < 1.5 && uses["first"].0 < 1.5, "{uses:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
