@@ -317,7 +317,14 @@ async fn a_disk_slower_than_the_deadline_leaves_nothing() {
     gate.open();
     let resident = fixture.load(&model).await.unwrap();
     fixture.check(&model, &resident);
-    assert_eq!(fixture.store.stats().used, model.files.pool_bytes());
+    // The read that came too late gives its slot back, too, whenever it ends.
+    let settled = async {
+        while fixture.store.stats().used > model.files.pool_bytes() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    let patience = std::time::Duration::from_secs(60);
+    tokio::time::timeout(patience, settled).await.expect("a slot was lost");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
