@@ -1172,7 +1172,7 @@ mod tests {
             ChunkPool::adopt(memory, CHUNK, CHUNK, &BTreeSet::new()).unwrap();
         let lent: BTreeSet<u32> = lent.into_iter().flatten().collect();
         assert_eq!((lent, damaged), (BTreeSet::from([1, 2, 4, 7]), 0));
-        assert_eq!(orphans.iter().map(ChunkBuf::slot).collect::<Vec<_>>(), [7]);
+        assert_eq!(orphans.iter().map(Chunk::slot).collect::<Vec<_>>(), [7]);
         assert_eq!(found.len(), 6);
         assert_eq!(after.usage(), PoolUsage { budget: 8, in_use: 7, warm: 0, capacity: 8 });
         // Everything else is used anew.
