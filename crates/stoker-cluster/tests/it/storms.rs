@@ -218,23 +218,32 @@ async fn tables(store: Store) {
             Table::open(bad, keys::INSTANCES, TableSettings::default(), soon()).await.unwrap();
         let mut subscription = table.subscribe();
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut last = None;
-        for i in 0..300 {
-            let key = keys::instance(InstanceId(rng.random_range(0..20)));
-            if rng.random_bool(0.7) {
-                let value = Versioned::new(instance(i)).encode().unwrap();
-                last = Some(store.put(&key, value, soon()).await.unwrap());
-            } else {
-                store.delete(&key, soon()).await.unwrap();
+        let mut written = 0;
+        // Until every fault has come: how often the watch is asked is a matter of time.
+        let settled = loop {
+            let mut last = None;
+            for _ in 0..50 {
+                written += 1;
+                let key = keys::instance(InstanceId(rng.random_range(0..20)));
+                if rng.random_bool(0.7) {
+                    let value = Versioned::new(instance(written)).encode().unwrap();
+                    last = Some(store.put(&key, value, soon()).await.unwrap());
+                } else {
+                    store.delete(&key, soon()).await.unwrap();
+                }
             }
-            if i % 50 == 49 {
-                // For good: what was before can't be had by anybody.
-                store.compact(last.unwrap(), soon()).await.unwrap();
+            // For good: what was before can't be had by anybody.
+            store.compact(last.unwrap(), soon()).await.unwrap();
+            let end = keys::instance(InstanceId(99));
+            let end =
+                store.put(&end, Versioned::new(instance(seed)).encode().unwrap(), soon()).await.unwrap();
+            let settled =
+                table.wait_for(soon(), |table| table.revision >= end).await.expect("the table lags");
+            if written >= 300 && settled.resyncs > 0 && switch.counts().compacted > 0 {
+                break settled;
             }
-        }
-        let end = keys::instance(InstanceId(99));
-        let end = store.put(&end, Versioned::new(instance(seed)).encode().unwrap(), soon()).await.unwrap();
-        let settled = table.wait_for(soon(), |table| table.revision >= end).await.expect("the table lags");
+            assert!(written < 30_000, "a fault never came");
+        };
         let (_, entries) = store.list_all(keys::INSTANCES, 100, soon()).await.unwrap();
         let listed: BTreeMap<_, _> = entries
             .iter()
@@ -244,7 +253,6 @@ async fn tables(store: Store) {
             rows.iter().map(|(id, row)| (id.to_string(), (row.created, row.modified))).collect()
         };
         assert_eq!(shown(&settled.rows), listed);
-        assert!(settled.resyncs > 0 && switch.counts().compacted > 0);
 
         let mut rows = subscription.snapshot.rows.clone();
         let mut generation = subscription.snapshot.generation;
