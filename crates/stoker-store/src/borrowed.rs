@@ -1,6 +1,6 @@
 //! Memory of a store that was taken over which programs of the one before have still mapped.
 //!
-//! The kernel knows what they have ([`ChunkPool::lent`]), and asking it is all that can be done: nothing tells of the end of
+//! The kernel knows what they have ([`stoker_io::ChunkPool::lent`]), and asking it is all that can be done: nothing tells of the end of
 //! a mapping in a process that is a stranger. A thread asks until nobody is left. A model of which a program has chunks is
 //! held meanwhile, as it was for that program before; slots that are no model's now are kept out of use.
 
