@@ -50,6 +50,8 @@ pub(crate) struct Granule {
     at: CUdeviceptr,
     bytes: u64,
     handle: CUmemGenericAllocationHandle,
+    /// As what it came from another process: the driver exports nothing that it imported.
+    came_as: Option<OwnedFd>,
 }
 
 // === impl Mapping ===
@@ -74,7 +76,7 @@ impl Mapping {
                 drop(mapping);
                 return Err(context.out_of_memory(bytes));
             };
-            mapping.map(handle, len)?;
+            mapping.map(handle, len, None)?;
         }
         mapping.allow(0, Access::Write(peers))?;
         Ok(mapping)
@@ -103,7 +105,7 @@ impl Mapping {
             let len = self.granule.min(capacity - before);
             let handle =
                 create(&context, len, &prop)?.ok_or_else(|| context.out_of_memory(bytes - before))?;
-            self.map(handle, len)?;
+            self.map(handle, len, None)?;
             self.allow(before, Access::Write(&[]))?;
         }
         Ok(())
@@ -129,6 +131,10 @@ impl Mapping {
         }
         let mut mapping = Self::reserve(context, bytes, granule)?;
         for fd in granules {
+            let again = fd.try_clone().map_err(|error| DeviceError::Os {
+                call: "keeping a descriptor of device memory",
+                words: error.to_string(),
+            })?;
             let len = granule.min(bytes - mapping.mapped());
             let mut handle = 0;
             // The driver takes the descriptor's number in a pointer's clothes, and doesn't keep it.
@@ -137,7 +143,7 @@ impl Mapping {
             let imported =
                 unsafe { sys::cuMemImportFromShareableHandle(&raw mut handle, number, HANDLE_TYPE) };
             context.check("cuMemImportFromShareableHandle", imported)?;
-            mapping.map(handle, len)?;
+            mapping.map(handle, len, Some(again))?;
         }
         mapping.allow(0, access)?;
         Ok(mapping)
@@ -149,7 +155,7 @@ impl Mapping {
         let step = granularity(context, &prop)?;
         let mut mapping = Self::reserve(context, step, step)?;
         let handle = create(context, step, &prop)?.ok_or_else(|| context.out_of_memory(step))?;
-        mapping.map(handle, step)?;
+        mapping.map(handle, step, None)?;
         match mapping.allow(0, Access::Read) {
             Ok(()) => Ok(true),
             Err(lost @ DeviceError::Lost { .. }) => Err(lost),
@@ -182,6 +188,12 @@ impl Mapping {
         let context = &self.addresses.context;
         context.bind()?;
         let export_one = |granule: &Granule| {
+            if let Some(came_as) = &granule.came_as {
+                return came_as.try_clone().map_err(|error| DeviceError::Os {
+                    call: "exporting device memory",
+                    words: error.to_string(),
+                });
+            }
             let handle = granule.handle;
             let mut fd: RawFd = -1;
             // SAFETY: the handle lives; the driver writes one descriptor, which is the caller's from then on.
@@ -211,7 +223,12 @@ impl Mapping {
     }
 
     /// Puts the next granule in its place. It is this value's to release from here on, whatever happens.
-    fn map(&mut self, handle: CUmemGenericAllocationHandle, bytes: u64) -> Result<(), DeviceError> {
+    fn map(
+        &mut self,
+        handle: CUmemGenericAllocationHandle,
+        bytes: u64,
+        came_as: Option<OwnedFd>,
+    ) -> Result<(), DeviceError> {
         let context = &self.addresses.context;
         let at = self.addresses.first + self.mapped();
         // SAFETY: the range is reserved and nothing is mapped there; the handle is new.
@@ -221,7 +238,7 @@ impl Mapping {
             return Err(error);
         }
         context.slabs.fetch_add(bytes, Ordering::Relaxed);
-        self.granules.push(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle });
+        self.granules.push(Granule { addresses: Arc::clone(&self.addresses), at, bytes, handle, came_as });
         Ok(())
     }
 
