@@ -662,6 +662,9 @@ mod tests {
     async fn an_instance_with_other_numbers_goes_on() {
         let mut bench = bench(Mood::Works).await;
         generate(&mut bench.gateway, 1).await;
+        while bench.counters.pong(0).sequences < 1 {
+            tokio::task::yield_now().await;
+        }
         assert!(!rename(&bench, 6, 7).await, "another instance");
         assert!(rename(&bench, 5, 7).await);
         // The old number is nobody's: what it asks for is so already.

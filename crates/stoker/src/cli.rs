@@ -282,7 +282,7 @@ pub(crate) enum BenchCommand {
     Engine(BenchEngineArgs),
     /// A model that is in memory: its first token on a GPU, beside the copy of its weights alone
     Cold(BenchColdArgs),
-    /// Placement decisions over a whole cluster's state, in memory
+    /// Placement decisions over a whole cluster's state, in memory; here --models is how many there are [default: 10000]
     Schedule(BenchScheduleArgs),
 }
 
@@ -493,9 +493,6 @@ pub(crate) struct BenchScheduleArgs {
     /// Servers of 8 GPUs
     #[arg(long, default_value_t = 1000)]
     pub(crate) nodes: u32,
-    /// Models, asked for by Zipf's law
-    #[arg(long, default_value_t = 10_000)]
-    pub(crate) models: u32,
     /// Decisions
     #[arg(long, default_value_t = 20_000)]
     pub(crate) decisions: u32,

@@ -61,6 +61,10 @@ fn run(cli: Cli, environment: &Environment) -> anyhow::Result<ExitCode> {
     let config = Config::load(cli.overrides(), environment)?;
     let output = Output { json: cli.common.json };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    if let Command::Bench(BenchCommand::Schedule(args)) = &cli.command {
+        commands::bench::schedule::run(args, cli.common.models.as_deref(), output)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     runtime.block_on(execute(cli.command, config, output))
 }
 
@@ -119,8 +123,8 @@ async fn execute(command: Command, config: Config, output: Output) -> anyhow::Re
             let dir = config.dirs.data.join("bench");
             Box::pin(commands::bench::cold::run(&args, &dir, output)).await?;
         }
-        Command::Bench(BenchCommand::Schedule(args)) => {
-            tokio::task::block_in_place(|| commands::bench::schedule::run(&args, output))?;
+        Command::Bench(BenchCommand::Schedule(_)) => {
+            anyhow::bail!("this needs nothing of what is configured")
         }
         Command::Worker(_) | Command::Keeper(_) => anyhow::bail!("this needs a process of its own"),
     }

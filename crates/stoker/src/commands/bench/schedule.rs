@@ -47,6 +47,8 @@ struct Report {
     resident_bytes: ByteSize,
 }
 
+/// Models, when nothing is said of them.
+const MODELS: u32 = 10_000;
 /// Popularity falls with rank to this power.
 const ZIPF: f64 = 1.1;
 /// Models in a row that no server had room for: the cluster is full.
@@ -86,7 +88,7 @@ struct World {
 // === impl World ===
 
 impl World {
-    fn new(args: &BenchScheduleArgs) -> anyhow::Result<Self> {
+    fn new(args: &BenchScheduleArgs, models: u32) -> anyhow::Result<Self> {
         let mut random = StdRng::seed_from_u64(args.seed);
         let mut cluster = Cluster::default();
         let memory = ByteSize::gib(76);
@@ -105,7 +107,7 @@ impl World {
         let mut specs = Vec::new();
         let mut popularity = Vec::new();
         let mut sum = 0.0;
-        for model in 0..args.models {
+        for model in 0..models {
             let mut drawn = random.random_range(0..100);
             let (weights, beside, devices, _) = *SIZES
                 .iter()
@@ -145,26 +147,26 @@ impl World {
             full: 0,
             capacity,
         };
-        world.lay_out(args)?;
+        world.lay_out(args.nodes)?;
         world.fill()?;
         Ok(world)
     }
 
     /// Copies round robin over the servers' SSDs until four fifths are full, and in each one's DRAM its most popular models.
-    fn lay_out(&mut self, args: &BenchScheduleArgs) -> anyhow::Result<()> {
+    fn lay_out(&mut self, nodes: u32) -> anyhow::Result<()> {
         let total: u64 = self.specs.iter().map(|spec| spec.weight_bytes.bytes()).sum();
-        let copies = (SSD / 5 * 4 * u64::from(args.nodes) / total.max(1)).clamp(1, u64::from(args.nodes));
-        let mut dram = vec![DRAM; args.nodes as usize];
+        let copies = (SSD / 5 * 4 * u64::from(nodes) / total.max(1)).clamp(1, u64::from(nodes));
+        let mut dram = vec![DRAM; nodes as usize];
         let mut node = 0;
-        for model in 0..args.models {
-            let bytes = self.specs[model as usize].weight_bytes;
+        for (model, spec) in (0..).zip(self.specs.clone()) {
+            let bytes = spec.weight_bytes;
             for _ in 0..copies {
                 let left = &mut dram[node as usize];
                 let in_dram = bytes.bytes().min(*left);
                 *left -= in_dram;
                 let residency = Residency { dram: ByteSize(in_dram), ssd: bytes, devices: DeviceSet::EMPTY };
                 self.cluster.set_residency(NodeKey(node), ModelKey(model), residency)?;
-                node = (node + 1) % args.nodes;
+                node = (node + 1) % nodes;
             }
         }
         Ok(())
@@ -332,8 +334,8 @@ impl World {
     }
 }
 
-fn measure(args: &BenchScheduleArgs) -> anyhow::Result<Report> {
-    let mut world = World::new(args)?;
+fn measure(args: &BenchScheduleArgs, models: u32) -> anyhow::Result<Report> {
+    let mut world = World::new(args, models)?;
     let judgement = Judgement { migrate: !args.no_migration, ..Judgement::default() };
     let (instances, fill) = (world.alive.len(), world.share_used());
     let mut times = Vec::new();
@@ -372,7 +374,7 @@ fn measure(args: &BenchScheduleArgs) -> anyhow::Result<Report> {
     Ok(Report {
         nodes: args.nodes,
         gpus: args.nodes * DEVICES,
-        models: args.models,
+        models,
         instances,
         fill,
         decisions: args.decisions,
@@ -400,13 +402,21 @@ fn resident() -> anyhow::Result<ByteSize> {
     Ok(ByteSize::kib(kib.trim().parse()?))
 }
 
-/// Runs the bench.
-pub(crate) fn run(args: &BenchScheduleArgs, output: Output) -> anyhow::Result<()> {
-    ensure!(
-        args.nodes > 0 && args.models > 0 && args.decisions > 0,
-        "there must be nodes, models and decisions"
-    );
-    let report = measure(args)?;
+/// Runs the bench. `models`: what the command line says of `--models`, which everywhere else is a directory.
+pub(crate) fn run(
+    args: &BenchScheduleArgs,
+    models: Option<&std::path::Path>,
+    output: Output,
+) -> anyhow::Result<()> {
+    let models = match models {
+        None => MODELS,
+        Some(count) => {
+            let wrong = || format!("`--models {}` is not a number of models", count.display());
+            count.to_str().and_then(|count| count.parse().ok()).with_context(wrong)?
+        }
+    };
+    ensure!(args.nodes > 0 && models > 0 && args.decisions > 0, "there must be nodes, models and decisions");
+    let report = measure(args, models)?;
     output.show(&report, |report| {
         let mut table = Table::new(["DECISIONS", "SHARE", "MEDIAN", "P99", "LONGEST"]);
         let us = |us: f64| format!("{us:.1} us");
