@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import numpy
 import pytest
@@ -32,6 +33,15 @@ def mapped(server):
     """Bytes of the node's memory that somebody holds."""
     server.json("ps")
     return server.metric("stoker_node_bytes", tier="dram_mapped")
+
+
+def said_since(server, logged, words):
+    # The log is written by a thread of its own: looked at until it says so.
+    deadline = time.monotonic() + 20
+    while words not in (log := server.log.read_bytes()[logged:].decode()):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.02)
+    return log
 
 
 def until_nothing_is_held(server):
@@ -231,8 +241,7 @@ def test_a_client_of_a_killed_node_keeps_what_it_has(tmp_path):
                     server.kill()
                     logged = server.log.stat().st_size
                     server.start()
-                    log = server.log.read_text()[logged:]
-                    assert "took over what the node before had in memory" in log, log
+                    log = said_since(server, logged, "took over what the node before had in memory")
                     assert {row["model"]: row["bytes"] for row in server.json("ps")["cached"]} == before
                     assert server.metric("stoker_store_read_bytes_total") == 0
                     # The start itself waits for workers; nobody waits for a client any more (that took 7 s).
